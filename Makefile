@@ -1,0 +1,51 @@
+# Every target builds .venv and installs what it needs by itself. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow gpu check format paper clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(INSTALLED) ## text to a fine-tuned classifier on this machine, in minutes
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## the tests that take minutes: kills and resumes, several processes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+gpu: $(INSTALLED) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: $(INSTALLED) ## the gate: format, lint, types, floors, paper index, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/paper_index.py --check
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED) ## let ruff format and repair what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+paper: $(INSTALLED) ## renew the list of equations and choices in docs/paper.md
+	$(BIN)/python scripts/paper_index.py
+
+clean: ## remove everything that these targets made
+	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "mabert needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,dev]'
+	@touch $@
