@@ -1,0 +1,1 @@
+"""The boxes of the paper, one a file."""

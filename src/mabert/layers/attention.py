@@ -1,0 +1,109 @@
+"""Self-attention over the sequences of a layout, through transformers' attention interface.
+
+Shape suffixes: B batch, L length, T real tokens in all, S sequences, H hidden, K heads, P head width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mabert.config import MaBertConfig
+from mabert.ops import SequenceLayout
+
+# A grid of sequences with more than this many places a token is left for one call a sequence.
+MAX_GRID_OVERHEAD = 2.0
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention with its scores written out: (B, K, L, P) to (B, L, K, P), and the weights (B, K, L, L)."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = nn.functional.dropout(weights, dropout, module.training)
+    return (dropped @ value).transpose(1, 2), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among the real tokens of each sequence (MHSA of Eq. 1); pad keys never enter the softmax."""
+
+    is_causal = False
+
+    def __init__(self, config: MaBertConfig):
+        super().__init__()
+        self.config = config
+        self.head_size = config.head_size
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.rope_theta = config.rope_parameters["rope_theta"] if config.position_embedding_type == "rope" else None
+
+    def forward(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """(T, H) packed or (B, L, H) padded, to the same shape."""
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))
+        if self.rope_theta is not None:
+            query, key, value = qkv.unbind(-3)
+            cos, sin = rotary_angles(layout.positions, self.head_size, self.rope_theta, query.dtype)
+            qkv = torch.stack((rotate(query, cos, sin), rotate(key, cos, sin), value), dim=-3)
+        if not layout.packed:
+            y = self._attend(qkv, layout.mask_BL)
+        elif self._flash:
+            y = self._attend(
+                qkv[None],
+                None,
+                cu_seq_lens_q=layout.cu_seqlens,
+                cu_seq_lens_k=layout.cu_seqlens,
+                max_length_q=layout.max_length,
+                max_length_k=layout.max_length,
+            )[0]
+        elif layout.num_sequences * layout.max_length <= MAX_GRID_OVERHEAD * layout.num_tokens:
+            y = layout.from_grid(self._attend(layout.to_grid(qkv), layout.grid_mask()))
+        else:
+            parts = qkv.split(layout.lengths_S.tolist())
+            y = torch.cat([self._attend(part[None], None)[0] for part in parts if len(part)])
+        return self.out_proj(y.flatten(-2))
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in (self.config._attn_implementation or "")
+
+    def _attend(self, qkv: Tensor, mask_BL: Tensor | None, **kwargs: object) -> Tensor:
+        """(B, L, 3, K, P) to (B, L, K, P)."""
+        if mask_BL is not None and not self._flash:
+            # a row of pads attends to itself: its output is dropped, but an empty softmax would be NaN
+            mask_BL = (mask_BL | ~mask_BL.any(dim=1, keepdim=True))[:, None, None, :]
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        query, key, value = qkv.transpose(1, 3).unbind(2)
+        output, _ = interface(
+            self,
+            query,
+            key,
+            value,
+            mask_BL,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.head_size**-0.5,
+            is_causal=False,
+            **kwargs,
+        )
+        return output
+
+
+def rotary_angles(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE's angles, (..., 1, P/2) each, computed in fp32."""
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    angles = positions.unsqueeze(-1).float() * theta**-exponents
+    return angles.cos().unsqueeze(-2).to(dtype), angles.sin().unsqueeze(-2).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (first half, second half) of each head: (..., K, P)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,73 @@
+"""Every initial value of the package, in one table."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from mabert.config import MaBertConfig
+from mabert.layers.mamba import SelectiveSSM
+
+
+def _normal(parameter: Tensor, config: MaBertConfig) -> None:
+    init.normal_(parameter, mean=0.0, std=config.initializer_range)
+
+
+def _zeros(parameter: Tensor, config: MaBertConfig) -> None:
+    init.zeros_(parameter)
+
+
+def _ones(parameter: Tensor, config: MaBertConfig) -> None:
+    init.ones_(parameter)
+
+
+def _uniform_by_kernel(parameter: Tensor, config: MaBertConfig) -> None:
+    bound = config.conv_kernel**-0.5
+    init.uniform_(parameter, -bound, bound)
+
+
+def _uniform_by_rank(parameter: Tensor, config: MaBertConfig) -> None:
+    bound = int(config.time_step_rank) ** -0.5
+    init.uniform_(parameter, -bound, bound)
+
+
+def _log_one_to_state_size(parameter: Tensor, config: MaBertConfig) -> None:
+    rates_N = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=parameter.device)
+    init.copy_(parameter, rates_N.log().expand_as(parameter))
+
+
+def _inverse_softplus_of_step(parameter: Tensor, config: MaBertConfig) -> None:
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    steps_E = torch.rand(parameter.shape, device=parameter.device) * (high - low) + low
+    steps_E = steps_E.exp().clamp(min=config.time_step_floor)
+    init.copy_(parameter, steps_E + torch.log(-torch.expm1(-steps_E)))
+
+
+# Owner, parameter, initial value. A module's own rows come after those of the modules inside it and win over them.
+INITIAL_VALUES: tuple[tuple[type[nn.Module], str, Callable[[Tensor, MaBertConfig], None]], ...] = (
+    # CHOICE: matrices and embeddings from N(0, initializer_range), biases zero, norms one and zero, as in BERT
+    (nn.Linear, "weight", _normal),
+    (nn.Linear, "bias", _zeros),
+    (nn.Embedding, "weight", _normal),
+    (nn.LayerNorm, "weight", _ones),
+    (nn.LayerNorm, "bias", _zeros),
+    # CHOICE: the initial values of Mamba-1 for what the recurrence is made of
+    (SelectiveSSM, "conv1d.weight", _uniform_by_kernel),
+    (SelectiveSSM, "conv1d.bias", _uniform_by_kernel),
+    (SelectiveSSM, "dt_proj.weight", _uniform_by_rank),
+    (SelectiveSSM, "dt_proj.bias", _inverse_softplus_of_step),
+    (SelectiveSSM, "A_log", _log_one_to_state_size),
+    (SelectiveSSM, "D", _ones),
+)
+
+
+def init_module(module: nn.Module, config: MaBertConfig) -> None:
+    """Give the module's parameters their initial values; those loaded from a checkpoint are left alone."""
+    for owner, path, fill in INITIAL_VALUES:
+        if isinstance(module, owner):
+            *parents, name = path.split(".")
+            parameter = getattr(module.get_submodule(".".join(parents)), name)
+            if parameter is not None:
+                fill(parameter, config)

@@ -1,0 +1,229 @@
+"""SequenceLayout: where the sequences of a batch lie, and the way between padded and packed tensors.
+
+Shape suffixes: B batch, L length, T real tokens in all, S sequences, H features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where each sequence of a (B, L) batch begins and ends, and which positions are real. Built by `build`.
+
+    Attributes:
+        batch_size: B.
+        length: L.
+        packed: whether tokens travel as (T, ...) or as (B, L, ...).
+        mask_BL: bool, True at real tokens; None when every position is real.
+        token_indices_T: int64, the flat position in (B·L) of each real token, sequence after sequence; None when every
+            position is real.
+        cu_seqlens: (S+1,) int32, boundaries of the sequences among the real tokens; a row without real tokens is an
+            empty sequence.
+        max_length: real tokens of the longest sequence.
+        positions: int64, index of each token among its own sequence's real tokens; (T,) when packed, else (B, L), with
+            0 at pads.
+        grid_indices_T: int64, the flat position of each real token in an (S, max_length) grid, one row a sequence;
+            None when the tokens fill the grid in order.
+    """
+
+    batch_size: int
+    length: int
+    packed: bool
+    mask_BL: Tensor | None
+    token_indices_T: Tensor | None
+    cu_seqlens: Tensor
+    max_length: int
+    positions: Tensor
+    grid_indices_T: Tensor | None
+
+    @classmethod
+    def build(
+        cls,
+        batch_size: int,
+        length: int,
+        device: torch.device | str,
+        *,
+        packed: bool,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+    ) -> "SequenceLayout":
+        """Read the layout from whatever describes it.
+
+        Args:
+            attention_mask: (B, L), non-zero at real tokens, in any layout.
+            seq_idx: (B, L) integers, the sequence each token belongs to within its row; negative at pads.
+            cu_seq_lens: (S+1,) integers, boundaries of the sequences in one row (B = 1).
+
+        Raises:
+            ValueError: a shape is wrong, the inputs disagree, or a sequence does not lie in one piece.
+        """
+        if not packed and (seq_idx is not None or cu_seq_lens is not None):
+            raise ValueError(
+                "Several sequences in a row (seq_idx, cu_seq_lens_q) need execution='packed'; with execution='padded' "
+                "each row is one sequence."
+            )
+        for name, tensor in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
+            if tensor is not None and tensor.shape != (batch_size, length):
+                raise ValueError(f"{name} must have shape {(batch_size, length)}, not {tuple(tensor.shape)}.")
+        mask_BL = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
+        if cu_seq_lens is not None:
+            from_boundaries_BL = _seq_idx_from_boundaries(cu_seq_lens, batch_size, length, mask_BL, device)
+            if seq_idx is not None and not _same_sequences(seq_idx.to(device), from_boundaries_BL):
+                raise ValueError("seq_idx and cu_seq_lens_q part the row into different sequences. Give one of them.")
+            seq_idx = from_boundaries_BL
+        if seq_idx is not None:
+            seq_idx = seq_idx.to(device)
+            real_BL = seq_idx >= 0
+            if mask_BL is None:
+                mask_BL = real_BL
+            elif not bool(real_BL.all()) and not torch.equal(real_BL, mask_BL):
+                raise ValueError("attention_mask and the negative entries of seq_idx mark different positions as pads.")
+        if mask_BL is not None and not torch.compiler.is_compiling() and bool(mask_BL.all()):
+            mask_BL = None
+
+        if mask_BL is None and seq_idx is None:
+            cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
+            positions = torch.arange(length, device=device).expand(batch_size, length)
+            positions = positions.reshape(-1) if packed else positions
+            return cls(batch_size, length, packed, None, None, cu_seqlens, length, positions, None)
+
+        token_indices_T = None if mask_BL is None else mask_BL.reshape(-1).nonzero().squeeze(1)
+        if cu_seq_lens is not None:
+            cu_seqlens = cu_seq_lens.to(device=device, dtype=torch.int32)
+        elif seq_idx is not None:
+            cu_seqlens = _boundaries_from_seq_idx(seq_idx, token_indices_T)
+        else:
+            assert mask_BL is not None
+            cu_seqlens = torch.nn.functional.pad(mask_BL.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        lengths_S = cu_seqlens.diff().long()
+        max_length = int(lengths_S.max()) if lengths_S.numel() else 0
+        total = batch_size * length if token_indices_T is None else token_indices_T.numel()
+        ids_T = torch.arange(lengths_S.numel(), device=device).repeat_interleave(lengths_S, output_size=total)
+        offsets_T = torch.arange(total, device=device) - cu_seqlens[ids_T].long()
+        if packed:
+            positions = offsets_T
+        else:
+            assert mask_BL is not None
+            positions = (mask_BL.long().cumsum(1) - 1).clamp(min=0)
+        return cls(
+            batch_size,
+            length,
+            packed,
+            mask_BL,
+            token_indices_T,
+            cu_seqlens,
+            max_length,
+            positions,
+            ids_T * max_length + offsets_T,
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """S, empty sequences included."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of real tokens."""
+        return self.batch_size * self.length if self.token_indices_T is None else self.token_indices_T.numel()
+
+    @property
+    def lengths_S(self) -> Tensor:
+        """Real tokens of each sequence, int64."""
+        return self.cu_seqlens.diff().long()
+
+    @property
+    def sequence_ids_T(self) -> Tensor:
+        """The sequence of each real token, int64."""
+        if self.grid_indices_T is not None:
+            return self.grid_indices_T // self.max_length
+        ids_S = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+        return ids_S.repeat_interleave(self.max_length)
+
+    def has_interior_pads(self) -> bool:
+        """Whether some pad lies between two real tokens of one row."""
+        if self.mask_BL is None:
+            return False
+        starts_BL = self.mask_BL & ~torch.nn.functional.pad(self.mask_BL, (1, -1))
+        return bool((starts_BL.sum(1) > 1).any())
+
+    def unpad(self, x_BLH: Tensor) -> Tensor:
+        """Real tokens of (B, L, ...), sequence after sequence: (T, ...)."""
+        x_flat = x_BLH.reshape(self.batch_size * self.length, *x_BLH.shape[2:])
+        return x_flat if self.token_indices_T is None else x_flat.index_select(0, self.token_indices_T)
+
+    def repad(self, x_TH: Tensor) -> Tensor:
+        """The inverse of `unpad`, zero at pads: (B, L, ...)."""
+        if self.token_indices_T is not None:
+            x_flat = x_TH.new_zeros(self.batch_size * self.length, *x_TH.shape[1:])
+            x_TH = x_flat.index_copy(0, self.token_indices_T, x_TH)
+        return x_TH.reshape(self.batch_size, self.length, *x_TH.shape[1:])
+
+    def to_grid(self, x_TH: Tensor) -> Tensor:
+        """Real tokens (T, ...) as one row a sequence, zero behind its end: (S, max_length, ...)."""
+        if self.grid_indices_T is not None:
+            x_flat = x_TH.new_zeros(self.num_sequences * self.max_length, *x_TH.shape[1:])
+            x_TH = x_flat.index_copy(0, self.grid_indices_T, x_TH)
+        return x_TH.reshape(self.num_sequences, self.max_length, *x_TH.shape[1:])
+
+    def from_grid(self, x_grid: Tensor) -> Tensor:
+        """The inverse of `to_grid`: (T, ...)."""
+        x_flat = x_grid.reshape(self.num_sequences * self.max_length, *x_grid.shape[2:])
+        return x_flat if self.grid_indices_T is None else x_flat.index_select(0, self.grid_indices_T)
+
+    def grid_mask(self) -> Tensor | None:
+        """(S, max_length) bool, True where the grid holds a token; None when it is full."""
+        if self.grid_indices_T is None:
+            return None
+        return torch.arange(self.max_length, device=self.cu_seqlens.device) < self.lengths_S[:, None]
+
+
+def _seq_idx_from_boundaries(
+    cu_seq_lens: Tensor, batch_size: int, length: int, mask_BL: Tensor | None, device: torch.device | str
+) -> Tensor:
+    if batch_size != 1:
+        raise ValueError(f"cu_seq_lens_q describes one row of packed sequences, but the batch has {batch_size} rows.")
+    if cu_seq_lens.dim() != 1 or cu_seq_lens.numel() < 2 or torch.is_floating_point(cu_seq_lens):
+        raise ValueError(
+            f"cu_seq_lens_q must be (S+1,) integers starting at 0, not {cu_seq_lens.dtype} of shape "
+            f"{tuple(cu_seq_lens.shape)}."
+        )
+    cu = cu_seq_lens.to(device=device, dtype=torch.long)
+    if int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
+        raise ValueError("cu_seq_lens_q must start at 0 and never decrease.")
+    total = int(cu[-1])
+    real = length if mask_BL is None else int(mask_BL.sum())
+    if total != real or (mask_BL is not None and not bool(mask_BL[0, :total].all())):
+        raise ValueError(
+            f"cu_seq_lens_q ends at {total}, but the row has {real} real tokens of {length}; they must be the first "
+            f"{total}. Mark pads behind the last sequence by attention_mask."
+        )
+    seq_idx_L = torch.full((length,), -1, device=device)
+    ids_S = torch.arange(cu.numel() - 1, device=device)
+    seq_idx_L[:total] = ids_S.repeat_interleave(cu.diff(), output_size=total)
+    return seq_idx_L[None]
+
+
+def _same_sequences(first_BL: Tensor, second_BL: Tensor) -> bool:
+    """Whether two labellings of one row part it at the same places and agree on the pads."""
+    same_pads = torch.equal(first_BL < 0, second_BL < 0)
+    return same_pads and torch.equal(first_BL.diff(dim=1) != 0, second_BL.diff(dim=1) != 0)
+
+
+def _boundaries_from_seq_idx(seq_idx_BL: Tensor, token_indices_T: Tensor | None) -> Tensor:
+    batch_size, length = seq_idx_BL.shape
+    flat = seq_idx_BL.reshape(-1).long()
+    indices_T = torch.arange(flat.numel(), device=flat.device) if token_indices_T is None else token_indices_T
+    ids_T, rows_T = flat[indices_T], indices_T // max(length, 1)
+    new_T = torch.ones_like(ids_T, dtype=torch.bool)
+    new_T[1:] = (ids_T.diff() != 0) | (rows_T.diff() != 0)
+    starts = new_T.nonzero().squeeze(1)
+    runs = torch.stack((rows_T[starts], ids_T[starts]), dim=1)
+    if len(runs.unique(dim=0)) != len(runs):
+        raise ValueError("seq_idx interleaves sequences: the tokens of one sequence must lie in one piece of its row.")
+    total = torch.tensor([indices_T.numel()], device=flat.device)
+    return torch.cat((starts, total)).to(torch.int32)
