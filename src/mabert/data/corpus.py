@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl
+
+from mabert.data.lines import read_lines
 
 Sources = str | Path | Sequence[str | Path]
+
+SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+
+# CHOICE: a text file without empty lines would be one endless document; it is cut between paragraphs at this length
+MAX_DOCUMENT_CHARS = 2**23
 
 
 class CorpusError(ValueError):
@@ -13,21 +23,165 @@ class CorpusError(ValueError):
 
 
 class Corpus:
-    """The documents of ``sources``, in order; can be iterated more than once.
+    """The documents of ``sources``, in order; can be iterated more than once and never holds a whole file.
 
-    ``fraction`` is the part of the bytes read by the current iteration, or None where nobody can know it (``hf://``).
+    A source is a file (``.txt .jsonl .parquet``; the first two also ``.gz`` or ``.xz``), a folder (its files of these
+    kinds, sorted, hidden ones left out), a glob, or ``hf://owner/name?config=…&split=…&column=…`` for a data set of
+    the Hugging Face hub or of a local folder. A file that several sources match is read once.
+
+    In text files a line is a paragraph and an empty line parts documents; elsewhere a row's ``text_column`` is a
+    document. Documents without a visible character are left out.
+
+    ``sources``: the files and ``hf://`` addresses found. ``fraction``: the part of the bytes that the current
+    iteration has read, or None where nobody can know it (``hf://``).
     """
 
-    sources: list[Path | str]
-    fraction: float | None
-
     def __init__(self, sources: Sources, *, text_column: str = "text") -> None:
-        raise NotImplementedError
+        named = [sources] if isinstance(sources, str | Path) else sources
+        self.sources: list[Path | str] = list(dict.fromkeys(found for source in named for found in _find(source)))
+        if not self.sources:
+            raise CorpusError("no source of text was given")
+        self.text_column = text_column
+        self._files = [source for source in self.sources if isinstance(source, Path)]
+        self._bytes_done = 0
+        self._open_file: BinaryIO | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """Part of the bytes read so far, 0 to 1; None with an ``hf://`` source."""
+        if len(self._files) < len(self.sources):
+            return None
+        done = self._bytes_done + (self._open_file.tell() if self._open_file else 0)
+        return done / max(1, sum(file.stat().st_size for file in self._files))
 
     def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError
+        self._bytes_done, empty = 0, True
+        for source in self.sources:
+            for document in self._read(source):
+                if document and not document.isspace():
+                    empty = False
+                    yield document
+        if empty:
+            raise CorpusError(f"the corpus is empty: no text in {', '.join(map(str, self.sources))}")
+
+    def _read(self, source: Path | str) -> Iterator[str]:
+        if isinstance(source, str):
+            yield from _read_hub(source, self.text_column)
+            return
+        with source.open("rb") as file:
+            self._open_file = file
+            if source.name.endswith(".parquet"):
+                yield from _read_parquet(file, self.text_column)
+            elif ".jsonl" in source.suffixes:
+                yield from _read_jsonl(file, self.text_column)
+            else:
+                yield from _join_paragraphs(line for _, line in read_lines(file, CorpusError))
+            self._open_file = None
+        self._bytes_done += source.stat().st_size
 
 
 def iter_documents(sources: Sources, *, text_column: str = "text") -> Iterator[str]:
-    """Yield the documents of ``sources`` one by one."""
+    """Yield the documents of ``sources`` (see `Corpus`); sources that do not exist are refused at once."""
     return iter(Corpus(sources, text_column=text_column))
+
+
+def _find(source: str | Path) -> list[Path | str]:
+    if isinstance(source, str) and source.startswith("hf://"):
+        return [source]
+    path = Path(source).expanduser()
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise CorpusError(f"{path}: unknown kind of file; known are {' '.join(SUFFIXES)}")
+        return [path]
+    if path.is_dir():
+        matches = path.rglob("[!.]*")
+    else:
+        anchor = Path(path.anchor)
+        matches = anchor.glob(str(path.relative_to(anchor)))
+    files = sorted(match for match in matches if match.is_file() and match.name.endswith(SUFFIXES))
+    if not files and not path.is_dir():
+        raise CorpusError(f"{source}: no such file or folder, and no {' '.join(SUFFIXES)} file matches it as a glob")
+    if not files:
+        raise CorpusError(f"{source}: no file in this folder ends in {' '.join(SUFFIXES)}")
+    return list(files)
+
+
+def _join_paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    paragraphs: list[str] = []
+    chars = 0
+    for line in lines:
+        paragraph = line.strip()
+        if paragraph:
+            paragraphs.append(paragraph)
+            chars += len(paragraph)
+        if paragraphs and (not paragraph or chars >= MAX_DOCUMENT_CHARS):
+            yield "\n".join(paragraphs)
+            paragraphs, chars = [], 0
+    if paragraphs:
+        yield "\n".join(paragraphs)
+
+
+def _read_jsonl(file: BinaryIO, column: str) -> Iterator[str]:
+    for number, line in read_lines(file, CorpusError):
+        if not line.strip():
+            continue
+        where = f"{file.name}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as cause:
+            raise CorpusError(f"{where}: not JSON ({cause.msg} at character {cause.pos})") from cause
+        if not isinstance(row, dict):
+            raise CorpusError(
+                f"{where}: a JSON object was expected, such as {{{column!r}: …}}, not {type(row).__name__}"
+            )
+        yield _text(row, column, where)
+
+
+def _read_parquet(file: BinaryIO, column: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as cause:
+        raise ImportError("reading .parquet needs pyarrow: pip install 'mabert[train]'") from cause
+    try:
+        table = parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as cause:
+        raise CorpusError(f"{file.name} is no complete parquet file ({cause}): copy or download it again") from cause
+    if column not in table.schema_arrow.names:
+        raise CorpusError(_no_column(file.name, column, table.schema_arrow.names))
+    number = 0
+    for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        for row in batch.to_pylist():
+            number += 1
+            yield _text(row, column, f"{file.name}, row {number}")
+
+
+def _read_hub(address: str, text_column: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as cause:
+        raise ImportError(f"{address} needs the datasets library: pip install 'mabert[train]'") from cause
+    name, _, query = address.removeprefix("hf://").partition("?")
+    options = dict(parse_qsl(query))
+    if unknown := sorted(options.keys() - {"config", "split", "column"}):
+        raise CorpusError(f"{address}: unknown option {', '.join(unknown)}; known are config, split and column")
+    split = options.get("split", "train")
+    try:
+        rows = load_dataset(name, options.get("config"), split=split, streaming=True)
+    except (OSError, ValueError) as cause:
+        raise CorpusError(f"{address} cannot be opened: {cause}") from cause
+    for number, row in enumerate(rows, start=1):
+        yield _text(row, options.get("column", text_column), f"{address}, row {number}")
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise CorpusError(_no_column(where, column, row))
+    value = row[column]
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
+    return value
+
+
+def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
+    return f"{where}: no column {column!r}; the columns are {', '.join(columns) or '(none)'}: name one as text column"
