@@ -48,22 +48,32 @@ def numbers_in(text: str) -> tuple[int, ...]:
 
 
 def comments_in(path: Path, root: Path = ROOT) -> Iterator[Comment]:
-    """Every marked comment of a Python file; one that cannot be read raises ValueError with its file and line."""
+    """Every marked comment of a Python file, with the comment lines that continue it.
+
+    One that cannot be read raises ValueError with its file and line.
+    """
     name = path.relative_to(root).as_posix()
     with tokenize.open(path) as file:
-        for token in tokenize.generate_tokens(file.readline):
-            if token.type != tokenize.COMMENT or not MARK.match(token.string):
-                continue
-            if equation := EQUATIONS.match(token.string):
-                numbers, text = numbers_in(equation["numbers"]), equation["text"].strip(" :.—-")
-                yield Comment(name, token.start[0], "PAPER", numbers, text)
-            elif other := OTHER.match(token.string):
-                yield Comment(name, token.start[0], other["kind"], (), other["text"].strip())
-            else:
-                raise ValueError(
-                    f"{name}:{token.start[0]}: write '# PAPER Eq. 3: …', '# PAPER: …' or '# CHOICE: …', "
-                    f"not {token.string!r}"
-                )
+        tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.COMMENT]
+    for index, token in enumerate(tokens):
+        if not MARK.match(token.string):
+            continue
+        comment = token.string
+        line, column = token.start
+        for follower in tokens[index + 1 :]:
+            line += 1
+            if follower.start != (line, column) or MARK.match(follower.string) or token.line.strip() != token.string:
+                break
+            comment += " " + follower.string.lstrip("# ")
+        if equation := EQUATIONS.match(comment):
+            text = equation["text"].strip(" :.—-")
+            yield Comment(name, token.start[0], "PAPER", numbers_in(equation["numbers"]), text)
+        elif other := OTHER.match(comment):
+            yield Comment(name, token.start[0], other["kind"], (), other["text"].strip())
+        else:
+            raise ValueError(
+                f"{name}:{token.start[0]}: write '# PAPER Eq. 3: …', '# PAPER: …' or '# CHOICE: …', not {comment!r}"
+            )
 
 
 def all_comments(root: Path = ROOT) -> list[Comment]:

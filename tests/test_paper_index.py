@@ -41,6 +41,11 @@ def test_comments_are_read_with_their_place(tmp_path: Path) -> None:
     ]
 
 
+def test_a_comment_goes_on_in_the_comment_lines_below_it(tmp_path: Path) -> None:
+    source = "# CHOICE: because it\n# is so\n# PAPER Eq. 1: a\nx = 1  # CHOICE: one line only\n       # not this\n"
+    assert [c.text for c in comments_of(tmp_path, source)] == ["because it is so", "a", "one line only"]
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"), [("2", (2,)), ("2, 3", (2, 3)), ("2 and 10", (2, 10)), ("4-6", (4, 5, 6)), ("4–5", (4, 5))]
 )

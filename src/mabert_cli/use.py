@@ -1,0 +1,10 @@
+def predict():
+    "t"
+
+
+def fill_mask():
+    "t"
+
+
+def encode():
+    "t"
