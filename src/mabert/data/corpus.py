@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import parse_qsl
 
-from mabert.data.lines import read_lines
+from mabert.data.formats import Row, read_jsonl, read_lines, read_parquet, require_columns
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -71,9 +70,10 @@ class Corpus:
         with source.open("rb") as file:
             self._open_file = file
             if source.name.endswith(".parquet"):
-                yield from _read_parquet(file, self.text_column)
+                rows = read_parquet(file, CorpusError, [self.text_column])
+                yield from (_text(row, self.text_column) for row in rows)
             elif ".jsonl" in source.suffixes:
-                yield from _read_jsonl(file, self.text_column)
+                yield from (_text(row, self.text_column) for row in read_jsonl(file, CorpusError))
             else:
                 yield from _join_paragraphs(line for _, line in read_lines(file, CorpusError))
             self._open_file = None
@@ -121,41 +121,6 @@ def _join_paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(paragraphs)
 
 
-def _read_jsonl(file: BinaryIO, column: str) -> Iterator[str]:
-    for number, line in read_lines(file, CorpusError):
-        if not line.strip():
-            continue
-        where = f"{file.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as cause:
-            raise CorpusError(f"{where}: not JSON ({cause.msg} at character {cause.pos})") from cause
-        if not isinstance(row, dict):
-            raise CorpusError(
-                f"{where}: a JSON object was expected, such as {{{column!r}: …}}, not {type(row).__name__}"
-            )
-        yield _text(row, column, where)
-
-
-def _read_parquet(file: BinaryIO, column: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as cause:
-        raise ImportError("reading .parquet needs pyarrow: pip install 'mabert[train]'") from cause
-    try:
-        table = parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as cause:
-        raise CorpusError(f"{file.name} is no complete parquet file ({cause}): copy or download it again") from cause
-    if column not in table.schema_arrow.names:
-        raise CorpusError(_no_column(file.name, column, table.schema_arrow.names))
-    number = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[column]):
-        for row in batch.to_pylist():
-            number += 1
-            yield _text(row, column, f"{file.name}, row {number}")
-
-
 def _read_hub(address: str, text_column: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
@@ -171,17 +136,13 @@ def _read_hub(address: str, text_column: str) -> Iterator[str]:
     except (OSError, ValueError) as cause:
         raise CorpusError(f"{address} cannot be opened: {cause}") from cause
     for number, row in enumerate(rows, start=1):
-        yield _text(row, options.get("column", text_column), f"{address}, row {number}")
+        yield _text((f"{address}, row {number}", row), options.get("column", text_column))
 
 
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise CorpusError(_no_column(where, column, row))
-    value = row[column]
+def _text(row: Row, column: str) -> str:
+    where, values = row
+    require_columns(values, [column], where, CorpusError)
+    value = values[column]
     if not isinstance(value, str):
         raise CorpusError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
     return value
-
-
-def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
-    return f"{where}: no column {column!r}; the columns are {', '.join(columns) or '(none)'}: name one as text column"

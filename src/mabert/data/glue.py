@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mabert.data.tables import Table
+from mabert.data.tables import Table, TableError, read_table
 
 
 @dataclass(frozen=True)
 class GlueTask:
     """One task: where its columns are, what its labels are, how it is scored and how large it is.
 
-    metrics: "accuracy", "f1" or "matthews_correlation", the first of them the main one. rows: split -> rows of the official data set.
+    name: also the folder's. metrics: names of `mabert.training.metrics`, the main one first. rows: split -> rows of
+    the whole official split; the splits are also the names of the files. columns: of a file without a header.
+    skip_incomplete: the official file has lines that lack fields, and everybody leaves them out.
     """
 
     name: str
@@ -20,7 +24,9 @@ class GlueTask:
     label_column: str
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
-    rows: dict[str, int]
+    rows: Mapping[str, int]
+    columns: tuple[str, ...] | None = None
+    skip_incomplete: bool = False
 
     @property
     def dev_splits(self) -> tuple[str, ...]:
@@ -28,19 +34,87 @@ class GlueTask:
         return tuple(split for split in self.rows if split != "train")
 
 
-GLUE_TASKS: dict[str, GlueTask] = {}
+_ENTAILMENT = ("entailment", "not_entailment")
+
+GLUE_TASKS = {
+    task.name: task
+    for task in (
+        GlueTask(
+            "CoLA",
+            ("sentence",),
+            "label",
+            ("0", "1"),
+            ("mcc",),
+            {"train": 8551, "dev": 1043},
+            columns=("source", "label", "star", "sentence"),
+        ),
+        GlueTask("SST-2", ("sentence",), "label", ("0", "1"), ("accuracy",), {"train": 67349, "dev": 872}),
+        GlueTask(
+            "MRPC",
+            ("#1 String", "#2 String"),
+            "Quality",
+            ("0", "1"),
+            ("accuracy", "f1"),
+            {"train": 3668, "dev": 408},
+        ),
+        GlueTask(
+            "QQP",
+            ("question1", "question2"),
+            "is_duplicate",
+            ("0", "1"),
+            ("accuracy", "f1"),
+            {"train": 363849, "dev": 40430},
+            skip_incomplete=True,
+        ),
+        GlueTask(
+            "MNLI",
+            ("sentence1", "sentence2"),
+            "gold_label",
+            ("entailment", "neutral", "contradiction"),
+            ("accuracy",),
+            {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832},
+        ),
+        GlueTask("QNLI", ("question", "sentence"), "label", _ENTAILMENT, ("accuracy",), {"train": 104743, "dev": 5463}),
+        GlueTask("RTE", ("sentence1", "sentence2"), "label", _ENTAILMENT, ("accuracy",), {"train": 2490, "dev": 277}),
+    )
+}
+"""The paper's seven data sets; it counts MNLI's two dev sets as two of its eight scores."""
 
 
 def glue_task(name: str) -> GlueTask:
-    """Return the task of that name, whatever its case; an unknown name fails with the nearest one."""
-    raise NotImplementedError
+    """Return the task of that name, whatever its case; an unknown name fails (ValueError) with the nearest ones."""
+    by_lower = {task.name.lower(): task for task in GLUE_TASKS.values()}
+    if name.lower() not in by_lower:
+        nearest = difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)
+        hint = " or ".join(by_lower[near].name for near in nearest) or ", ".join(GLUE_TASKS)
+        raise ValueError(f"unknown GLUE task {name!r}; did you mean {hint}?")
+    return by_lower[name.lower()]
 
 
 def load_glue(folder: str | Path, task: str | GlueTask) -> dict[str, Table]:
-    """Return {"train": Table, "dev": Table}; for MNLI "dev_matched" and "dev_mismatched"."""
-    raise NotImplementedError
+    """Return {"train": Table, "dev": Table} of ``folder/<task>/*.tsv``; MNLI has "dev_matched" and "dev_mismatched".
+
+    Raises TableError for a file that is missing, with the list of those expected.
+    """
+    task = glue_task(task) if isinstance(task, str) else task
+    paths = {split: Path(folder, task.name, f"{split}.tsv") for split in task.rows}
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        expected = ", ".join(f"{task.name}/{path.name}" for path in paths.values())
+        raise TableError(f"{', '.join(missing)} not found; {task.name} in the official GLUE layout is {expected}")
+    return {
+        split: read_table(
+            path,
+            text_columns=task.text_columns,
+            label_column=task.label_column,
+            labels=task.labels,
+            columns=task.columns,
+            skip_incomplete=task.skip_incomplete,
+        )
+        for split, path in paths.items()
+    }
 
 
 def subset_label(task: str | GlueTask, split: str, rows: int) -> str:
-    """Return "" for the whole official split, else "(subset, n rows)"."""
-    raise NotImplementedError
+    """Return "" for a whole official split, else "(subset, n rows)": such scores do not compare with published ones."""
+    task = glue_task(task) if isinstance(task, str) else task
+    return "" if rows == task.rows[split] else f"(subset, {rows} rows)"

@@ -69,7 +69,7 @@ class MlmDataset(Dataset[dict[str, torch.Tensor]]):
         return sum(map(len, self.stages))
 
     def __getitem__(self, key: Key | int) -> dict[str, torch.Tensor]:
-        stage, epoch, index = (0, 0, key) if isinstance(key, int) else key
+        stage, epoch, index = key if isinstance(key, tuple) else (0, 0, key)
         ids, seq_idx = self.stages[stage][index]
         input_ids, labels = self._masking(ids, _generator(self.seed, _MASKS, stage, epoch, index))
         arrays = {"input_ids": input_ids, "seq_idx": seq_idx, "labels": labels}

@@ -111,7 +111,7 @@ def _pack(starts: np.ndarray, lengths: np.ndarray, row: int) -> tuple[np.ndarray
     # free of pads at the price of a few tokens.
     runs = array("q")  # flat (first token, tokens of a piece, number of pieces)
     free = row
-    for start, left in zip(memoryview(starts), memoryview(lengths), strict=True):
+    for start, left in zip(starts.data, lengths.data, strict=True):
         if left + 2 > free and free < row:
             runs.extend((start, free - 2, 1))
             start, left, free = start + free - 2, left - (free - 2), row

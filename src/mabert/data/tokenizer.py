@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -75,7 +76,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise TokenizerError(f"{folder} holds no tokenizer (tokenizer.json): train one, or name the folder that has it")
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder))
     missing = [name for name in ("mask", "cls", "sep", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
         raise TokenizerError(f"the tokenizer in {folder} has no {', '.join(missing)} token, which an encoder needs")
