@@ -6,9 +6,7 @@ import pytest
 from mabert.training.metrics import METRICS, compute_metrics, majority_baseline
 
 GOLD = np.array([0, 0, 0, 1, 1, 0, 1, 1])
-PREDICTED = np.array(
-    [0, 1, 0, 1, 0, 0, 1, 1]
-)  # 3 true and 1 false of each class
+PREDICTED = np.array([0, 1, 0, 1, 0, 0, 1, 1])  # 3 true and 1 false of each class
 
 
 def test_classification_metrics_by_hand():

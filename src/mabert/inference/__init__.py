@@ -1,0 +1,1 @@
+"""Using a model folder: sentence vectors, predictions, filled masks."""
