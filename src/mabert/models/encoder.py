@@ -32,11 +32,11 @@ class MaBertPreTrainedModel(PreTrainedModel):
     config: MaBertConfig
     base_model_prefix = "mabert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Embeddings", "MambaLayer", "TransformerLayer"]
+    _no_split_modules = ["Embeddings", "MambaLayer", "TransformerLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj.bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj.bias"]  # noqa: RUF012
 
     def __init__(self, config: MaBertConfig):
         super().__init__(config)
@@ -68,6 +68,7 @@ class MaBertModel(MaBertPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings."""
+        assert isinstance(value, nn.Embedding)
         self.embeddings.word_embeddings = value
 
     def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
@@ -234,7 +235,7 @@ class MaBertMLMHead(nn.Module):
 class MaBertForMaskedLM(MaBertPreTrainedModel):
     """MaBERT with a masked-language-modelling head."""
 
-    _tied_weights_keys = {"head.decoder.weight": "mabert.embeddings.word_embeddings.weight"}
+    _tied_weights_keys = {"head.decoder.weight": "mabert.embeddings.word_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: MaBertConfig):
         super().__init__(config)

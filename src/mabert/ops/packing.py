@@ -215,7 +215,7 @@ def _same_sequences(first_BL: Tensor, second_BL: Tensor) -> bool:
 
 
 def _boundaries_from_seq_idx(seq_idx_BL: Tensor, token_indices_T: Tensor | None) -> Tensor:
-    batch_size, length = seq_idx_BL.shape
+    length = seq_idx_BL.shape[1]
     flat = seq_idx_BL.reshape(-1).long()
     indices_T = torch.arange(flat.numel(), device=flat.device) if token_indices_T is None else token_indices_T
     ids_T, rows_T = flat[indices_T], indices_T // max(length, 1)

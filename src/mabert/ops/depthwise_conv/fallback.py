@@ -1,4 +1,4 @@
-"""The depthwise convolution as W shifted multiply-adds on channels-last tensors; runs anywhere, differentiated by autograd.
+"""The depthwise convolution as W shifted multiply-adds, channels last; runs anywhere, differentiated by autograd.
 
 Shape suffixes: B batch, L length, E inner, W kernel width.
 """

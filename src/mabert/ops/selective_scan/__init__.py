@@ -114,7 +114,7 @@ def _scan_backward(
     delta_softplus: bool,
     reverse: bool,
     kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         return fallback.backward(
             dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse,
@@ -125,11 +125,11 @@ def _scan_backward(
 @_scan_backward.register_fake
 def _(
     dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept
-) -> tuple[Tensor, ...]:
-    return tuple(
+) -> list[Tensor]:
+    return [
         x.new_empty(0) if t is None else torch.empty_like(t)
         for t in (x, delta, A, B, C, D, z, delta_bias, initial_state)
-    )
+    ]
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -163,7 +163,7 @@ def forward(
 
 def backward(
     dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """Gradients of x, delta, A, B, C, D, z, delta_bias, initial_state; empty tensors for inputs that were None."""
     chunks = _Chunks.build(x, delta, A, B, C, delta_bias, mask, cu_seqlens, delta_softplus, reverse)
     schedule = chunks.schedule
@@ -174,8 +174,7 @@ def backward(
         z_gathered = schedule.gather(z.to(dtype))
         sigmoid = torch.sigmoid(z_gathered)
         gate = z_gathered * sigmoid
-        dgate = dy
-        dy = dy * gate
+        dgate, dy = dy, dy * gate
     s = torch.empty_like(chunks.x) if z is not None else None
     dx, ddelta = torch.empty_like(chunks.x), torch.empty_like(chunks.x)
     dB, dC = torch.empty_like(chunks.B), torch.empty_like(chunks.C)
@@ -222,18 +221,19 @@ def backward(
         dx.addcmul_(dy, D.to(dtype))
     if z is not None:
         assert s is not None
+        assert gate is not None
         if D is not None:
             s.addcmul_(chunks.x, D.to(dtype))
         dz = schedule.scatter(dgate * s * (sigmoid + gate * (1 - sigmoid)), z)
     if delta_softplus:
         ddelta *= 1 - torch.exp(-chunks.delta)  # softplus' = sigmoid, written through softplus itself
     if delta_bias is not None:
-        ddelta_bias = ddelta.sum((0, 1)).to(delta_bias.dtype)
+        ddelta_bias = ddelta.flatten(0, 1).index_select(0, schedule.place_T).sum(0).to(delta_bias.dtype)
     if initial_state is not None:
         dinitial = torch.empty_like(dh_SEN)
         dinitial[schedule.rank_S] = dh_SEN
         dinitial = dinitial.to(initial_state.dtype)
-    return (
+    return [
         schedule.scatter(dx, x),
         schedule.scatter(ddelta, delta),
         dA_EN.to(A.dtype),
@@ -243,4 +243,4 @@ def backward(
         dz,
         ddelta_bias,
         dinitial,
-    )
+    ]

@@ -52,15 +52,16 @@ def selective_scan(
     dtype = torch.promote_types(x_BLE.dtype, torch.float32)
     x, delta, A, B, C = (t.to(dtype) for t in (x_BLE, delta_BLE, A_EN, B_BLN, C_BLN))
     z = None if z_BLE is None else z_BLE.to(dtype)
+    real = None if mask_BL is None else mask_BL.unsqueeze(-1)
+    if real is not None:
+        x, delta, B, C = (t.where(real, t.new_zeros(())) for t in (x, delta, B, C))
+        z = None if z is None else z.where(real, z.new_zeros(()))
     if delta_bias_E is not None:
         delta = delta + delta_bias_E.to(dtype)
     if delta_softplus:
         delta = F.softplus(delta)  # PAPER Eq. 7: the step size is positive
-    if mask_BL is not None:
-        real = mask_BL.unsqueeze(-1)
-        # Δ = 0 makes exp(ΔA) = 1 and Δx = 0: the identity step
-        x, delta, B, C = (t.where(real, t.new_zeros(())) for t in (x, delta, B, C))
-        z = None if z is None else z.where(real, z.new_zeros(()))
+    if real is not None:
+        delta = delta.where(real, delta.new_zeros(()))  # exp(0·A) = 1 and 0·x = 0: the identity step
 
     batch, length, inner = x.shape
     state_size = A.shape[1]
@@ -77,6 +78,6 @@ def selective_scan(
         s_BLE = s_BLE + D_E.to(dtype) * x
     if z is not None:
         s_BLE = s_BLE * F.silu(z)  # PAPER Eq. 9: the gate
-    if mask_BL is not None:
-        s_BLE = s_BLE.where(mask_BL.unsqueeze(-1), s_BLE.new_zeros(()))
+    if real is not None:
+        s_BLE = s_BLE.where(real, s_BLE.new_zeros(()))
     return s_BLE.to(x_BLE.dtype), h_BEN

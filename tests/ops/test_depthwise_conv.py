@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from mabert.ops import depthwise_conv
+
+CU = torch.tensor([0, 2, 2, 9, 10, 20], dtype=torch.int32)
+
+
+def make_inputs(batch, length, width, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((batch, length, 5), (5, width), (5,))
+    return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("mode", ["centered", "causal"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "mask", "packed"])
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_torch_backend_equals_the_reference(mode, reverse, layout, width):
+    inputs = make_inputs(1 if layout == "packed" else 2, 20, width)
+    options = {"mode": mode, "reverse": reverse, "activation": "silu"}
+    if layout == "mask":
+        options["mask"] = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) > 0.3
+    if layout == "packed":
+        options["cu_seqlens"] = CU
+    results = []
+    for backend in ("reference", "torch"):
+        y = depthwise_conv(*inputs, **options, backend=backend)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reverse", "seen"),
+    [("centered", False, [-1, 0, 1, 2]), ("causal", False, [-3, -2, -1, 0]),
+     ("centered", True, [-2, -1, 0, 1]), ("causal", True, [0, 1, 2, 3])],
+)  # fmt: skip
+def test_which_neighbours_a_kernel_of_four_sees(mode, reverse, seen):
+    x = torch.zeros(1, 11, 5, dtype=torch.float64, requires_grad=True)
+    y = depthwise_conv(x, torch.ones(5, 4, dtype=torch.float64), mode=mode, reverse=reverse)
+    (gradient,) = torch.autograd.grad(y[0, 5].sum(), x)
+    assert (gradient[0, :, 0].nonzero().squeeze(1) - 5).tolist() == seen
+
+
+def test_causal_mode_equals_torch_conv1d():
+    x, weight, bias = make_inputs(2, 9, 4)
+    expected = torch.nn.functional.conv1d(x.mT, weight.unsqueeze(1), bias, padding=3, groups=5)[..., :9].mT
+    torch.testing.assert_close(depthwise_conv(x, weight, bias, mode="causal"), expected)
+
+
+def test_masked_positions_are_never_read_and_come_out_zero():
+    x, weight, bias = make_inputs(2, 12, 4)
+    mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) > 0.3
+    poisoned = x.detach().masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
+    y = depthwise_conv(poisoned, weight, bias, mask=mask, activation="silu")
+    assert (y[~mask] == 0).all()
+    y.sum().backward()
+    assert torch.isfinite(poisoned.grad).all()
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_bfloat16_is_summed_in_float32():
+    x, weight, bias = make_inputs(2, 12, 4, torch.bfloat16)
+    y = depthwise_conv(x, weight, bias)
+    exact = depthwise_conv(x.float(), weight.float(), bias.float())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.zeros(1, 4, 3), torch.zeros(2, 4)), {}, r"x \(B, L, E\) and weight \(E, W\)"),
+        ((torch.zeros(1, 4, 3), torch.zeros(3, 4)), {"mode": "same"}, "mode='same'"),
+        ((torch.zeros(1, 4, 3), torch.zeros(3, 4)), {"activation": "gelu"}, "activation='gelu'"),
+        ((torch.zeros(2, 4, 3), torch.zeros(3, 4)), {"cu_seqlens": CU}, "x has 2 rows"),
+    ],
+)
+def test_wrong_input_is_named(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv(*arguments, **options)
