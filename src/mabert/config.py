@@ -110,7 +110,18 @@ class MaBertConfig(PreTrainedConfig):
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
-        for name in ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size", "state_size", "conv_kernel", "expand", "time_step_rank"]:
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "state_size",
+            "conv_kernel",
+            "expand",
+            "time_step_rank",
+        ]:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         if self.hidden_size % self.num_attention_heads:
