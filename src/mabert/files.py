@@ -25,7 +25,7 @@ def atomic_write(path: str | Path, mode: Literal["wb", "w"] = "wb") -> contextli
     It is written to a temporary file in the same folder, fsynced and renamed; after an error the temporary file is
     removed and ``path`` is as it was. The parent folder must exist.
     """
-    return _atomic_write(Path(path), mode)
+    return _atomic_write(Path(path).resolve(), mode)
 
 
 @contextlib.contextmanager
@@ -51,8 +51,8 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     existing ``path`` that is not an empty folder is refused (FileExistsError) unless ``replace=True``, which exchanges
     old and new in one step where the system can (Linux), so that a complete version is there at every moment.
     """
-    path = Path(path)
-    if not replace and path.exists() and (path.is_file() or any(path.iterdir())):
+    path = Path(path).resolve()
+    if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; choose another folder or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
@@ -64,21 +64,24 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 for name in files:
                     _fsync(Path(folder, name))
                 _fsync(Path(folder))
-        if replace and path.exists():
+        if path.exists():
             _exchange(temporary, path)
         else:
             temporary.rename(path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # what is left of a failure, or the version that was replaced
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(path.parent)
+    if temporary.exists():  # now the version that was replaced
+        shutil.rmtree(temporary)
 
 
 def remove_leftovers(folder: str | Path, name: str = "*") -> list[Path]:
-    """Delete what killed processes left half-written for ``name`` in ``folder`` and return it.
+    """Delete what killed processes left half-written for ``name`` (a glob) in ``folder``, and return it.
 
     Call it where no other process can be writing that name.
     """
-    leftovers = sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}{name}-*"))
+    leftovers = sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}{name}-????????"))
     for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -102,7 +105,7 @@ def _fsync(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders atomically; where the system cannot, by three renames with a moment without ``old``."""
+    """Swap two folders in one step; where the system cannot, by three renames, with a moment without ``old``."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     at_fdcwd, rename_exchange = -100, 2
     if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
@@ -115,13 +118,18 @@ def _exchange(new: Path, old: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk into one that says so, and what became of ``path``."""
     try:
         yield
     except Exception as error:
-        # safetensors reports a full disk by an exception class of its own, so its words have to do
-        code = getattr(error, "errno", None)
-        if code not in (errno.ENOSPC, errno.EDQUOT) and "No space left on device" not in str(error):
+        # safetensors has an exception of its own for a full disk; torch only finds an unexpected position in its file
+        is_full = (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or "No space left on device" in str(error)
+            or shutil.disk_usage(path.parent).free < 2**16
+        )
+        if not is_full:
             raise
         state = "the earlier version is intact" if path.exists() else "nothing was left there"
         message = f"the disk is full: {path} could not be written ({state}); free some space and run again"
-        raise OSError(code or errno.ENOSPC, message) from error
+        raise OSError(errno.ENOSPC, message) from error

@@ -109,8 +109,8 @@ class Shards:
     def split(self, valid_fraction: float, seed: int) -> tuple[Shards, Shards]:
         """Part the documents into (train, held-out).
 
-        The held-out ones are drawn at random until they hold ``valid_fraction`` of the tokens, at least one document;
-        the same shards and seed always give the same ones.
+        The held-out ones are drawn at random, as many as come nearest to ``valid_fraction`` of the tokens, at least
+        one; the same shards and seed always give the same ones.
         """
         if not 0 < valid_fraction < 1:
             raise ValueError(f"valid_fraction={valid_fraction} must lie between 0 and 1")
@@ -120,8 +120,7 @@ class Shards:
             )
         order = np.random.Generator(np.random.Philox(seed)).permutation(self.n_documents)
         tokens = self.document_lengths[order].cumsum()
-        n_valid = int(np.searchsorted(tokens, valid_fraction * self.n_tokens, side="right"))
-        n_valid = min(max(n_valid, 1), self.n_documents - 1)
+        n_valid = 1 + int(np.abs(tokens[:-1] - valid_fraction * self.n_tokens).argmin())
         return self._of(np.sort(order[n_valid:])), self._of(np.sort(order[:n_valid]))
 
     def _of(self, documents: np.ndarray) -> Shards:
