@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import mabert_config, tiny_tokenizer, write_bert, write_classifier, write_mabert
+from tiny_models import mabert_config, tiny_tokenizer, write_bert, write_mabert
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from mabert import MaBertForMaskedLM
@@ -71,7 +71,7 @@ def test_overrides_reach_the_config_and_are_checked(tmp_path):
     assert load_config(folder, execution="padded", psm="pre").psm == "pre"
     with pytest.raises(ValueError, match="execution='packed' never computes"):
         load_config(folder, psm="pre")
-    with pytest.raises(ModelFolderError, match="the bert model in .* has no setting psm"):
+    with pytest.raises(ModelFolderError, match=r"the bert model in .* has no setting psm"):
         load_config(write_bert(tmp_path / "bert"), psm="pre")
 
 

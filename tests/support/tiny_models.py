@@ -9,8 +9,8 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, PreTrainedT
 
 from mabert import MaBertConfig, MaBertForMaskedLM, MaBertForSequenceClassification
 
-NOUNS = "cat dog bird fish horse".split()
-VERBS = "sees hears likes finds".split()
+NOUNS = ["cat", "dog", "bird", "fish", "horse"]
+VERBS = ["sees", "hears", "likes", "finds"]
 WORDS = ["the", "a", "not", "un", "##able", "run", "##ning", ".", "?", *NOUNS, *VERBS]
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 32}
 
