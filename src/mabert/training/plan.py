@@ -1,0 +1,252 @@
+"""What a pretraining run will do, cost and need, worked out before it begins."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedTokenizerFast
+
+from mabert.config import MaBertConfig
+from mabert.data.rows import Rows
+from mabert.data.shards import Progress, Shards, prepare_shards
+from mabert.data.tokenizer import load_tokenizer
+from mabert.models import MaBertForMaskedLM
+from mabert.training.batches import WorldLayout
+from mabert.training.optim import Schedule, adamw, plan_schedule
+from mabert.training.pretrain_config import PretrainConfig, check_trainable
+
+# CHOICE: the split does not depend on the run's seed, so that runs with other seeds are measured on the same documents
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """A run in numbers; what `mabert pretrain --dry-run` shows."""
+
+    config: PretrainConfig
+    model: MaBertConfig
+    """The architecture, with the tokenizer's vocabulary."""
+    parameters: int
+    schedule: Schedule
+    layout: WorldLayout
+    rows: tuple[int, ...] | None
+    """Training rows of each stage's length; None before the text is tokenised."""
+    held_out_rows: tuple[int, ...] | None
+
+    @property
+    def stage_tokens(self) -> tuple[int, ...]:
+        """Tokens that each stage trains on."""
+        lengths = self.config.stage_lengths
+        return tuple(
+            steps * self.config.batch_size * length
+            for steps, length in zip(self.schedule.stage_steps, lengths, strict=True)
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run trains on."""
+        return sum(self.stage_tokens)
+
+    @property
+    def epochs(self) -> tuple[float, ...] | None:
+        """How often each stage passes over the training text; None before it is tokenised."""
+        if self.rows is None:
+            return None
+        sequences = (steps * self.config.batch_size for steps in self.schedule.stage_steps)
+        return tuple(count / rows for count, rows in zip(sequences, self.rows, strict=True))
+
+    def tokens_from(self, step: int) -> int:
+        """Tokens that are left after `step` steps."""
+        lengths, ends = self.config.stage_lengths, self.schedule.stage_ends
+        begins = (0, *ends[:-1])
+        steps_left = (max(0, end - max(begin, step)) for begin, end in zip(begins, ends, strict=True))
+        return sum(steps * self.config.batch_size * length for steps, length in zip(steps_left, lengths, strict=True))
+
+
+def plan(config: PretrainConfig) -> PretrainPlan:
+    """Work out what `pretrain(config)` will do, without doing any of it.
+
+    Raises:
+        ValueError: the choices do not fit the tokenizer, the text or the number of processes.
+    """
+    layout = WorldLayout(
+        config.batch_size,
+        config.micro_batch_size,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=int(os.environ.get("RANK", "0")),
+    )
+    tokenizer = load_tokenizer(config.tokenizer)
+    model = resolve_model(config, tokenizer)
+    rows = held_out_rows = None
+    if _is_tokenised(config):
+        train, held_out = prepare_rows(config, tokenizer)
+        rows, held_out_rows = tuple(map(len, train)), tuple(map(len, held_out))
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in MaBertForMaskedLM(model).parameters())
+    return PretrainPlan(
+        config=config,
+        model=model,
+        parameters=parameters,
+        schedule=plan_schedule(
+            config.steps,
+            budget=config.budget,
+            budget_mode=config.budget_mode,
+            stage_fractions=config.stage_fractions,
+            warmup_fraction=config.warmup_fraction,
+        ),
+        layout=layout,
+        rows=rows,
+        held_out_rows=held_out_rows,
+    )
+
+
+def resolve_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> MaBertConfig:
+    """The architecture to train: the given one with the tokenizer's vocabulary, or that of `init_from`."""
+    if config.init_from is None:
+        assert isinstance(config.model, MaBertConfig)
+        given = config.model.to_diff_dict()
+        return MaBertConfig(**given | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
+    model = MaBertConfig.from_pretrained(config.init_from)
+    if model.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"the model in {config.init_from} has {model.vocab_size:,} tokens, the tokenizer in {config.tokenizer} has "
+            f"{len(tokenizer):,}: give the tokenizer that the model was trained with."
+        )
+    check_trainable(model, config.stage_lengths)
+    return model
+
+
+def prepare_rows(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None
+) -> tuple[list[Rows], list[Rows]]:
+    """Tokenise the text, or open what an earlier run left, and cut it into training and held-out rows, by stage.
+
+    Raises:
+        ValueError: there is too little text for one row.
+    """
+
+    def shards(sources: tuple[str, ...], name: str) -> Shards:
+        return prepare_shards(
+            sources, tokenizer, _shards_folder(config) / name, text_column=config.text_column, progress=progress
+        )
+
+    train = shards(config.train, "train")
+    if config.valid:
+        held_out = shards(config.valid, "valid")
+    else:
+        train, held_out = train.split(config.valid_fraction, SPLIT_SEED)
+    return (
+        _cut(train, config, "training text does not fill one row of {} tokens: give more text."),
+        _cut(held_out, config, "held-out text does not fill one row of {} tokens: hold out more of it."),
+    )
+
+
+def _cut(shards: Shards, config: PretrainConfig, complaint: str) -> list[Rows]:
+    stages = [Rows(shards, length, config.packing) for length in config.stage_lengths]
+    for length, rows in zip(config.stage_lengths, stages, strict=True):
+        if not len(rows):
+            raise ValueError("the " + complaint.format(length))
+    return stages
+
+
+def _shards_folder(config: PretrainConfig) -> Path:
+    return config.shards or config.output / "shards"
+
+
+def _is_tokenised(config: PretrainConfig) -> bool:
+    return all((_shards_folder(config) / name).exists() for name in ("train", *(["valid"] if config.valid else [])))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and memory of a run on this machine, extrapolated from one micro-batch of each length."""
+
+    seconds: float
+    """Of the whole run, without evaluations, checkpoints and waiting for other processes."""
+    step_seconds: tuple[float, ...]
+    """Of one optimizer step of each stage."""
+    weights: int
+    gradients: int
+    optimizer: int
+    """Bytes of Adam's two moments."""
+    activations: int
+    """Bytes that one micro-batch saves for the backward pass, at the stage where it saves the most."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all of these, in each process."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(plan: PretrainPlan) -> Estimate:
+    """Measure one forward and backward pass of each stage's micro-batch, and one optimizer step, on random tokens."""
+    config = plan.config
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model: nn.Module = MaBertForMaskedLM(plan.model)
+    model.to(device).train()
+    optimizer = adamw(model, learning_rate=0.0)
+    micro_seconds, saved = [], []
+    for length in config.stage_lengths:
+        batch = _random_batch(plan, length, device)
+
+        def forward_backward(batch: dict[str, Tensor] = batch) -> None:
+            autocast = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
+            with autocast:
+                loss = model(**batch).loss
+            loss.backward()
+
+        saved.append(_saved_bytes(model, forward_backward))  # the warm-up as well
+        micro_seconds.append(_seconds(forward_backward, device))
+    optimizer.step()  # the first step makes the moments
+    optimizer_seconds = _seconds(optimizer.step, device)
+    step_seconds = tuple(plan.layout.accumulation * seconds + optimizer_seconds for seconds in micro_seconds)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return Estimate(
+        seconds=sum(steps * seconds for steps, seconds in zip(plan.schedule.stage_steps, step_seconds, strict=True)),
+        step_seconds=step_seconds,
+        weights=weights,
+        gradients=weights,
+        optimizer=2 * weights,
+        activations=max(saved),
+    )
+
+
+def _random_batch(plan: PretrainPlan, length: int, device: torch.device) -> dict[str, Tensor]:
+    shape = (plan.config.micro_batch_size, length)
+    ids = torch.randint(plan.model.vocab_size, shape, device=device)
+    is_masked = torch.rand(shape, device=device) < plan.config.mlm_probability
+    return {"input_ids": ids, "seq_idx": torch.zeros_like(ids), "labels": ids.where(is_masked, -100)}
+
+
+def _saved_bytes(model: nn.Module, run: Callable[[], None]) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, the parameters' own not at all."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values())
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began

@@ -1,0 +1,402 @@
+"""Masked-language-model pretraining: one Trainer, one optimizer, one schedule over all stages of row length."""
+
+import json
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
+from transformers.utils import CONFIG_NAME
+
+from mabert.data.mlm import MlmDataset
+from mabert.data.rows import Rows
+from mabert.data.tokenizer import load_tokenizer
+from mabert.files import atomic_folder, atomic_write, remove_leftovers
+from mabert.models import MaBertForMaskedLM
+from mabert.training.batches import StagedBatchSampler, train_loader
+from mabert.training.callbacks import (
+    JsonLines,
+    StepLog,
+    StopOnSignal,
+    TokenisingProgress,
+    TrainingInterruptedError,
+    TrainingProgress,
+    read_lines,
+    without_progress_bars,
+)
+from mabert.training.checkpoints import (
+    AtomicCheckpointTrainer,
+    checkpoint_step,
+    latest_complete_checkpoint,
+    list_checkpoints,
+)
+from mabert.training.held_out import HeldOut, evaluate_held_out
+from mabert.training.optim import adamw
+from mabert.training.plan import Estimate, PretrainPlan, estimate, plan, prepare_rows
+from mabert.training.pretrain_config import CONFIG_FILE, PretrainConfig
+
+__all__ = ["Estimate", "PretrainConfig", "PretrainPlan", "PretrainResult", "estimate", "plan", "pretrain"]
+
+STEP_LOG, EVALUATION_LOG, METRICS = "log.jsonl", "evaluations.jsonl", "metrics.json"
+# CHOICE: the held-out masks do not depend on the run's seed, as the held-out documents do not
+HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a finished run reached; `metrics.json` in its folder."""
+
+    output: Path
+    """Folder of the model: `AutoModelForMaskedLM.from_pretrained(output)`."""
+    held_out_loss: float
+    """At the first stage's length, in nats a masked token."""
+    perplexity: float
+    masked_accuracy: float
+    unigram_entropy: float
+    """Of the held-out rows: the loss that any predictor without context stays above."""
+    held_out: tuple[HeldOut, ...]
+    """The held-out measurements at every stage's length."""
+    steps: int
+    tokens: int
+    seconds: float
+    """Time in training steps, over all parts of a resumed run."""
+    tokens_per_second: float
+    data_wait: float
+    """Share of the training time spent waiting for batches."""
+    parameters: int
+    environment: dict[str, str]
+    """Hardware and versions that the numbers come from."""
+
+
+def pretrain(config: PretrainConfig, *, console: Console | None = None) -> PretrainResult:
+    """Pretrain a model by masked language modelling and leave it, with its tokenizer, in `config.output`.
+
+    A run that was stopped goes on from its newest complete checkpoint when it is started again with the same choices;
+    a finished one gives its result at once. Works in one process or under `torchrun`.
+
+    Raises:
+        ValueError: the choices do not fit the text, the tokenizer or an earlier run in `config.output`.
+        TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved first.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    planned = plan(config)
+    console = Console(quiet=True) if planned.layout.rank else console or Console(stderr=True)
+    with _own_process_group(), without_progress_bars():
+        return _run(planned, console)
+
+
+def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
+    config, output = planned.config, planned.config.output
+    args = _training_arguments(planned)
+    is_first = args.process_index == 0
+    tokenizer = load_tokenizer(config.tokenizer)
+    with args.main_process_first(local=False):
+        if is_first:
+            _claim(config)
+        is_finished = (output / METRICS).exists()
+        if not is_finished:
+            with TokenisingProgress(console) as report:
+                train_rows, held_out_rows = prepare_rows(config, tokenizer, report)
+    if is_finished:
+        console.print(f"{output} is finished already.", soft_wrap=True)
+        return _read_result(output)
+
+    checkpoint, skipped = latest_complete_checkpoint(output)
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    for line in [*skipped, f"going on from {checkpoint}"] if checkpoint else skipped:
+        console.print(line, soft_wrap=True)
+
+    set_seed(config.seed)
+    if config.init_from:
+        model = MaBertForMaskedLM.from_pretrained(config.init_from, dtype=torch.float32)
+    else:
+        model = MaBertForMaskedLM(planned.model)
+
+    def masked(rows: list[Rows], seed: int) -> MlmDataset:
+        return MlmDataset(rows, tokenizer, seed=seed, mlm_probability=config.mlm_probability)
+
+    with ExitStack() as stack:
+        log = evaluations = None
+        if is_first:
+            log = stack.enter_context(JsonLines(output / STEP_LOG, last_step=first_step))
+            evaluations = stack.enter_context(JsonLines(output / EVALUATION_LOG, last_step=first_step))
+        trainer = PretrainTrainer(
+            planned,
+            first_step=first_step,
+            log=log,
+            evaluations=evaluations,
+            progress=TrainingProgress(
+                console,
+                first_step=first_step,
+                steps=planned.schedule.steps,
+                tokens_left=planned.tokens_from(first_step),
+                every=config.log_every,
+            ),
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=masked(train_rows, config.seed),
+            eval_dataset=masked(held_out_rows, HELD_OUT_SEED),
+        )
+        trainer.run(checkpoint)
+    if is_first:
+        _publish(trainer.accelerator.unwrap_model(trainer.model), tokenizer, output)
+        _write_result(planned, args)
+    trainer.accelerator.wait_for_everyone()
+    return _read_result(output)
+
+
+class PretrainTrainer(AtomicCheckpointTrainer):
+    """The Trainer of `pretrain`: its own batches, optimizer, schedule, logs and held-out evaluation."""
+
+    model: MaBertForMaskedLM
+    train_dataset: MlmDataset
+    eval_dataset: MlmDataset
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        planned: PretrainPlan,
+        *,
+        first_step: int,
+        log: JsonLines | None,
+        evaluations: JsonLines | None,
+        progress: TrainingProgress,
+        **kwargs: Any,
+    ) -> None:
+        self.plan, self.first_step, self.log_lines, self.evaluations = planned, first_step, log, evaluations
+        self.progress, self.step_log, self.stop = progress, StepLog(log, progress), StopOnSignal()
+        super().__init__(callbacks=[self.step_log, self.stop], **kwargs)
+        self.remove_callback(PrinterCallback)
+        del self.model.config.use_cache  # the Trainer's; it would be saved, and means nothing to an encoder
+        # The model divides by num_items_in_batch; the Trainer looks for **kwargs to find that out.
+        self.model_accepts_loss_kwargs = True
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train to the end of the schedule, from `checkpoint` on.
+
+        Raises:
+            TrainingInterruptedError: a signal asked for it; everything up to there is saved.
+        """
+        steps = self.plan.schedule.steps
+        if self.first_step == steps:  # only what follows the training is missing
+            self._load_from_checkpoint(str(checkpoint))
+            return
+        # Each process needs dropout of its own; a resume puts back what the checkpoint holds.
+        set_seed(self.plan.config.seed + self.args.process_index)
+        with self.stop, self.progress:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.stop.received and self.state.global_step < steps:
+            step = self.state.global_step
+            raise TrainingInterruptedError(self.stop.received, step, self.plan.config.output / f"checkpoint-{step}")
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Adam over our parameter groups."""
+        if self.optimizer is None:
+            config = self.plan.config
+            self.optimizer = adamw(
+                self.model,
+                learning_rate=config.learning_rate,
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        """Warm-up and decay over the schedule, which a truncated run does not reach the end of."""
+        schedule = self.plan.schedule
+        self.lr_scheduler = get_linear_schedule_with_warmup(self.optimizer, schedule.warmup_steps, schedule.decay_steps)
+        return self.lr_scheduler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's micro-batches from the step to go on from."""
+        sampler = StagedBatchSampler(
+            self.plan.schedule,
+            [len(rows) for rows in self.train_dataset.stages],
+            self.plan.layout,
+            seed=self.plan.config.seed,
+            first_step=self.first_step,
+        )
+        return train_loader(
+            self.train_dataset,
+            sampler,
+            workers=self.plan.config.workers,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of one optimizer step and their number of labels over all processes; timed."""
+        stage = self.plan.schedule.stage_at(self.state.global_step)
+        config = self.plan.config
+        self.step_log.begin(stage, tokens=config.batch_size * config.stage_lengths[stage])
+        batches = list(islice(epoch_iterator, num_batches))
+        self.step_log.data_arrived()
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, forward and backward."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_log.add_loss(loss)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss at the first stage's length, after the last step at every stage's length."""
+        config, step = self.plan.config, self.state.global_step
+        is_last = step == self.plan.schedule.steps
+        metrics: dict[str, float] = {}
+        for stage, length in enumerate(config.stage_lengths if is_last else config.stage_lengths[:1]):
+            rows = max(1, config.eval_rows * config.stage_lengths[0] // length)
+            available = len(self.eval_dataset.stages[stage])
+            result = evaluate_held_out(
+                self.model,
+                self.eval_dataset,
+                [(stage, 0, index) for index in range(min(rows, available))],
+                batch_size=config.micro_batch_size,
+                special_ids=self.processing_class.all_special_ids,
+                device=self.args.device,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+            )
+            if self.evaluations is not None:
+                self.evaluations.append({"step": step, **asdict(result)})
+            self.progress.note(
+                f"held-out at step {step:,}, {length} tokens: loss {result.loss:.4f} (unigram entropy "
+                f"{result.unigram_entropy:.4f}), perplexity {result.perplexity:.2f}, masked accuracy "
+                f"{result.masked_accuracy:.4f}"
+            )
+            metrics |= {f"eval_{length}_{name}": value for name, value in asdict(result).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        for lines in (self.log_lines, self.evaluations):
+            if lines is not None:
+                lines.sync()  # a resume relies on every line up to the checkpoint's step
+        super()._save_checkpoint(model, trial)
+
+
+def _training_arguments(planned: PretrainPlan) -> TrainingArguments:
+    config = planned.config
+    use_cpu = not torch.accelerator.is_available()
+    args = TrainingArguments(
+        output_dir=str(config.output),
+        seed=config.seed,
+        max_steps=planned.schedule.steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=planned.layout.accumulation,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=use_cpu,
+        ddp_backend="gloo" if use_cpu and planned.layout.world_size > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenises the text
+        ignore_data_skip=True,  # the sampler begins at the right step
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if config.tensorboard else [],
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs without torchrun would become DataParallel
+    return args
+
+
+def _claim(config: PretrainConfig) -> None:
+    """Begin a run in the output folder, or make sure that the one in it is this one."""
+    output = config.output
+    if (output / CONFIG_FILE).exists():
+        config.check_resumes(output)
+    elif output.is_dir() and (list_checkpoints(output) or (output / CONFIG_NAME).exists()):
+        raise ValueError(f"{output} holds another model or its checkpoints: choose an output folder for this run.")
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    config.save(output)
+
+
+@contextmanager
+def _own_process_group() -> Iterator[None]:
+    """Leave no process group behind that was not there before."""
+    was_initialized = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not was_initialized:
+            dist.destroy_process_group()
+
+
+def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    staged = output / "model"
+    with atomic_folder(staged, replace=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # config.json goes last: from_pretrained(output) finds a whole model or none
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+        file.replace(output / file.name)
+    staged.rmdir()
+
+
+def _write_result(planned: PretrainPlan, args: TrainingArguments) -> None:
+    output, steps = planned.config.output, planned.schedule.steps
+    records = read_lines(output / STEP_LOG)
+    tokens, seconds = (sum(record[name] for record in records) for name in ("tokens", "seconds"))
+    waited = sum(record["seconds"] * record["data_wait"] for record in records)
+    held_out = [line for line in read_lines(output / EVALUATION_LOG) if line.pop("step") == steps]
+    result = {
+        "held_out_loss": held_out[0]["loss"],
+        **{name: held_out[0][name] for name in ("perplexity", "masked_accuracy", "unigram_entropy")},
+        "held_out": held_out,
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "data_wait": waited / seconds,
+        "parameters": planned.parameters,
+        "environment": {
+            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else _processor_name(),
+            "processes": str(args.world_size),
+            "threads": str(torch.get_num_threads()),
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("mabert", "torch", "transformers")},
+        },
+    }
+    with atomic_write(output / METRICS, "w") as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+
+
+def _processor_name() -> str:
+    description = Path("/proc/cpuinfo")  # Linux, where platform.processor() has little to say
+    text = description.read_text(encoding="utf-8") if description.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def _read_result(output: Path) -> PretrainResult:
+    values = json.loads((output / METRICS).read_text(encoding="utf-8"))
+    values["held_out"] = tuple(HeldOut(**line) for line in values["held_out"])
+    return PretrainResult(output=output, **values)
