@@ -57,9 +57,10 @@ def tokenize(
     long = [row for row, feature in enumerate(features) if len(feature["input_ids"]) > max_length]
     if long and not truncate:
         others = f" (and {len(long) - 1} others are too long)" if len(long) > 1 else ""
+        tokens = len(features[long[0]]["input_ids"])
         raise ValueError(
-            f"{name} {long[0] + first} has {len(features[long[0]]['input_ids'])} tokens, more than {max_length}{others}: "
-            "shorten or split it, or have long texts cut (truncate=True)"
+            f"{name} {long[0] + first} has {tokens} tokens, more than {max_length}{others}: shorten or split it, or "
+            "have long texts cut (truncate=True)"
         )
     for row, feature in zip(long, run(long, truncation="longest_first", max_length=max_length), strict=True):
         features[row] = feature
