@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import parse_qsl
 
-from mabert.data.formats import Row, read_jsonl, read_lines, read_parquet, require_columns
+from mabert.data.formats import Row, file_kind, read_jsonl, read_lines, read_parquet, require_columns
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -41,17 +41,17 @@ class Corpus:
         if not self.sources:
             raise CorpusError("no source of text was given")
         self.text_column = text_column
-        self._files = [source for source in self.sources if isinstance(source, Path)]
+        self._bytes = {source: source.stat().st_size for source in self.sources if isinstance(source, Path)}
         self._bytes_done = 0
         self._open_file: BinaryIO | None = None
 
     @property
     def fraction(self) -> float | None:
         """Part of the bytes read so far, 0 to 1; None with an ``hf://`` source."""
-        if len(self._files) < len(self.sources):
+        if len(self._bytes) < len(self.sources):
             return None
-        done = self._bytes_done + (self._open_file.tell() if self._open_file else 0)
-        return done / max(1, sum(file.stat().st_size for file in self._files))
+        in_file = self._open_file.tell() if self._open_file and not self._open_file.closed else 0
+        return (self._bytes_done + in_file) / max(1, sum(self._bytes.values()))
 
     def __iter__(self) -> Iterator[str]:
         self._bytes_done, empty = 0, True
@@ -69,15 +69,14 @@ class Corpus:
             return
         with source.open("rb") as file:
             self._open_file = file
-            if source.name.endswith(".parquet"):
+            if file_kind(source) == ".parquet":
                 rows = read_parquet(file, CorpusError, [self.text_column])
                 yield from (_text(row, self.text_column) for row in rows)
-            elif ".jsonl" in source.suffixes:
+            elif file_kind(source) == ".jsonl":
                 yield from (_text(row, self.text_column) for row in read_jsonl(file, CorpusError))
             else:
                 yield from _join_paragraphs(line for _, line in read_lines(file, CorpusError))
-            self._open_file = None
-        self._bytes_done += source.stat().st_size
+        self._bytes_done += self._bytes[source]
 
 
 def iter_documents(sources: Sources, *, text_column: str = "text") -> Iterator[str]:
@@ -88,17 +87,18 @@ def iter_documents(sources: Sources, *, text_column: str = "text") -> Iterator[s
 def _find(source: str | Path) -> list[Path | str]:
     if isinstance(source, str) and source.startswith("hf://"):
         return [source]
+    if not str(source):
+        raise CorpusError("a source of text is the empty string; name a file, a folder or a glob")
     path = Path(source).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise CorpusError(f"{path}: unknown kind of file; known are {' '.join(SUFFIXES)}")
         return [path]
-    if path.is_dir():
-        matches = path.rglob("[!.]*")
-    else:
-        anchor = Path(path.anchor)
-        matches = anchor.glob(str(path.relative_to(anchor)))
-    files = sorted(match for match in matches if match.is_file() and match.name.endswith(SUFFIXES))
+    anchor = path if path.is_dir() else Path(path.anchor)
+    pattern = "**/*" if path.is_dir() else str(path.relative_to(anchor))
+    files = sorted(match for match in anchor.glob(pattern) if match.is_file() and match.name.endswith(SUFFIXES))
+    if path.is_dir():  # a glob can ask for hidden files, in a folder they are nobody's text
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files and not path.is_dir():
         raise CorpusError(f"{source}: no such file or folder, and no {' '.join(SUFFIXES)} file matches it as a glob")
     if not files:

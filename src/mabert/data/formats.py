@@ -7,6 +7,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 Row = tuple[str, dict[str, Any]]
@@ -66,6 +67,11 @@ def read_parquet(file: BinaryIO, error: type[ValueError], columns: Sequence[str]
                 yield f"{file.name}, row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as cause:
         raise error(f"{file.name} is no complete parquet file ({cause}): copy or download it again") from cause
+
+
+def file_kind(path: str | Path) -> str:
+    """Return the suffix that says what a file is, such as ".jsonl" for "a.jsonl.gz"."""
+    return Path(str(path).removesuffix(".gz").removesuffix(".xz")).suffix
 
 
 def require_columns(known: Iterable[str], wanted: Iterable[str], where: str, error: type[ValueError]) -> None:

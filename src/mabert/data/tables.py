@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mabert.data.formats import Row, read_jsonl, read_lines, read_parquet, require_columns
+from mabert.data.formats import Row, file_kind, read_jsonl, read_lines, read_parquet, require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +126,12 @@ def _number(value: str, where: str) -> float:
 def _read_rows(
     file: BinaryIO, wanted: Sequence[str], columns: Sequence[str] | None, skip_incomplete: bool
 ) -> Iterator[Row]:
-    name = Path(file.name).name
-    if name.endswith(".parquet"):
+    kind = file_kind(file.name)
+    if kind == ".parquet":
         return read_parquet(file, TableError, wanted)
-    if ".jsonl" in name:
+    if kind == ".jsonl":
         return read_jsonl(file, TableError)
-    if ".csv" in name:
+    if kind == ".csv":
         return _read_csv(file, columns)
     return _read_tsv(file, columns, skip_incomplete)
 
