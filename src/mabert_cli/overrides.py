@@ -3,9 +3,10 @@
 import dataclasses
 import inspect
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 Config = TypeVar("Config")
@@ -17,24 +18,55 @@ class OverrideError(ValueError):
     """A `key=value` that cannot be applied; the message says why, and what would fit."""
 
 
-def apply_overrides(config: Config, assignments: Iterable[str]) -> Config:
-    """A copy of a dataclass with fields changed, all at once, so that its own checks see the whole.
-
-    `outer.inner=value` reaches into a field that is itself a dataclass.
+def build_config(recipe: Callable[..., Config], assignments: Iterable[str], fixed: Mapping[str, str]) -> Config:
+    """Call a recipe with those of its parameters that are assigned, and change its config's fields by the rest.
 
     Raises:
-        OverrideError: an assignment has no `=`, names an unknown field, comes twice, or its value has the wrong type.
+        OverrideError: a parameter without default is missing, or as `apply_overrides`.
     """
-    fields = overridable(config)
-    changes: dict[str, Any] = {}
+    values = pairs(assignments)
+    parameters = inspect.signature(recipe, eval_str=True).parameters
+    missing = [name for name, spec in parameters.items() if spec.default is spec.empty and name not in values]
+    if missing:
+        raise OverrideError(f"recipe {recipe.__name__} needs {', '.join(f'{name}=…' for name in missing)}.")
+    given = {
+        name: parse(values.pop(name), spec.annotation, name) for name, spec in parameters.items() if name in values
+    }
+    return apply_overrides(recipe(**given), [f"{key}={text}" for key, text in values.items()], fixed)
+
+
+def pairs(assignments: Iterable[str]) -> dict[str, str]:
+    """`key=value` texts as a mapping."""
+    found: dict[str, str] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise OverrideError(f"{assignment!r} is not of the form key=value.")
+        if key in found:
+            raise OverrideError(f"{key} is given twice.")
+        found[key] = text
+    return found
+
+
+def apply_overrides(
+    config: Config, assignments: Iterable[str], fixed: Mapping[str, str] = MappingProxyType({})
+) -> Config:
+    """A copy of a dataclass with fields changed, all at once, so that its own checks see the whole.
+
+    `outer.inner=value` reaches into a field that is itself a dataclass; `outer=none` empties it, where it may be empty.
+    `fixed` names fields that cannot be changed, and why.
+
+    Raises:
+        OverrideError: an assignment has no `=`, names an unknown or fixed field, comes twice, or its value has the
+            wrong type.
+    """
+    fields = overridable(config)
+    changes: dict[str, Any] = {}
+    for key, text in pairs(assignments).items():
+        if key in fixed:
+            raise OverrideError(f"{key} cannot be set: it {fixed[key]}.")
         if key not in fields:
             raise OverrideError(unknown("field", key, fields))
-        if key in changes:
-            raise OverrideError(f"{key} is given twice.")
         changes[key] = parse(text, fields[key], key)
     return replaced(config, changes)
 
@@ -45,6 +77,8 @@ def overridable(config: Any) -> dict[str, Any]:
     for name, annotation in own_fields(config).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
+            if types.NoneType in get_args(annotation):
+                found[name] = types.NoneType
             found |= {f"{name}.{inner}": kind for inner, kind in overridable(value).items()}
         else:
             found[name] = annotation

@@ -1,18 +1,29 @@
 """`mabert tokenizer`, `mabert pretrain`, `mabert finetune`: from text to a trained model."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from mabert_cli.console import errors, output, table
+from mabert_cli.overrides import OverrideError, build_config, overridable, unknown
 
 if TYPE_CHECKING:
     from mabert.data.corpus import Corpus
+    from mabert.training.pretrain import Estimate, PretrainPlan, PretrainResult
 
+Recipe = Callable[..., Any]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
+Assignments = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="KEY=VALUE…", show_default=False)
+]
 
 
 def tokenizer(
@@ -71,8 +82,109 @@ def watched(corpus: "Corpus") -> Iterator[str]:
             yield document
 
 
-def pretrain() -> None:
-    """Pretrain."""
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="tiny, mini, small or base (the paper's).")],
+    assignments: Assignments = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Pretrain a model by masked language modelling. A run that was stopped goes on when it is started again.
+
+    train=, tokenizer= and output= are needed; --dry-run lists every other key. model.KEY=VALUE changes the model;
+    init_from=FOLDER model=none starts from a pretrained one. Several processes: torchrun --nproc-per-node 2 -m
+    mabert_cli pretrain …
+
+    Example: [bold]mabert pretrain tiny train=text.txt tokenizer=tokenizer output=runs/tiny steps=2000[/]
+    """
+    from mabert.experiments.recipes.pretrain import RECIPES
+    from mabert.training import pretrain as training
+    from mabert.training.pretrain_config import FROM_TOKENIZER
+
+    fixed = {f"model.{name}": "comes from the tokenizer" for name in FROM_TOKENIZER}
+    config = build_config(named(RECIPES, recipe), assignments or [], fixed)
+    if dry_run:
+        output.print(settings(config), "")
+        plan = training.plan(config)
+        output.print(table("Run", plan_rows(plan)), "")
+        with output.status("measuring one step of each stage"):
+            estimate = training.estimate(plan)
+        output.print(table("Estimate for this machine", estimate_rows(estimate)))
+        return
+    try:
+        result = training.pretrain(config)
+    except training.TrainingInterruptedError as stop:
+        errors.print(str(stop), soft_wrap=True, markup=False)
+        raise typer.Exit(128 + stop.signum) from stop
+    if os.environ.get("RANK", "0") == "0":
+        output.print(table(f"Model in {result.output}", result_rows(result)))
+
+
+def named(recipes: Mapping[str, Recipe], name: str) -> Recipe:
+    """The recipe of that name."""
+    if name not in recipes:
+        raise OverrideError(unknown("recipe", name, recipes))
+    return recipes[name]
+
+
+def settings(config: Any) -> Table:
+    """Every field of a config with its value."""
+    names = (name for name in overridable(config) if not is_dataclass(getattr(config, name, None)))
+    return table("Settings", ((name, shown(attrgetter(name)(config))) for name in names))
+
+
+def shown(value: Any) -> str:
+    """A value as it would be written on the command line."""
+    return (
+        ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is None else str(value)
+    )
+
+
+def plan_rows(plan: "PretrainPlan") -> Iterator[tuple[str, str]]:
+    """A pretraining run in numbers."""
+    config, layout = plan.config, plan.layout
+    yield "parameters", f"{plan.parameters:,}"
+    yield "vocabulary", f"{plan.model.vocab_size:,}"
+    yield "steps", f"{plan.schedule.steps:,}, {plan.schedule.warmup_steps:,} of them warm-up"
+    yield (
+        "batch",
+        f"{config.batch_size:,} sequences: {layout.world_size} process(es) × {layout.accumulation} × "
+        f"{config.micro_batch_size}",
+    )
+    for number, (length, steps, tokens) in enumerate(
+        zip(config.stage_lengths, plan.schedule.stage_steps, plan.stage_tokens, strict=True), start=1
+    ):
+        epochs = f", {plan.epochs[number - 1]:.2f} epochs" if plan.epochs else ""
+        yield f"stage {number}", f"{steps:,} steps of {length} tokens a sequence: {tokens:,} tokens{epochs}"
+    yield "tokens", f"{plan.tokens:,}"
+    yield "text", "tokenised already" if plan.rows else "not tokenised yet, so the epochs are not known"
+
+
+def estimate_rows(estimate: "Estimate") -> Iterator[tuple[str, str]]:
+    """Time and memory, as extrapolated from one step."""
+    for number, seconds in enumerate(estimate.step_seconds, start=1):
+        yield f"stage {number}", f"{seconds:.2f} s a step"
+    yield "time", f"{duration(estimate.seconds)} without evaluations and checkpoints"
+    parts = ("weights", "gradients", "optimizer", "activations")
+    listed = ", ".join(f"{part} {gibibytes(getattr(estimate, part))}" for part in parts)
+    yield "memory", f"{gibibytes(estimate.memory)} in each process ({listed})"
+
+
+def result_rows(result: "PretrainResult") -> Iterator[tuple[str, str]]:
+    """What a pretraining run reached."""
+    yield "held-out loss", f"{result.held_out_loss:.4f} nats (unigram entropy {result.unigram_entropy:.4f})"
+    yield "perplexity", f"{result.perplexity:.2f}"
+    yield "masked accuracy", f"{result.masked_accuracy:.1%}"
+    yield "steps", f"{result.steps:,} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
+    yield "waiting for data", f"{result.data_wait:.1%} of the time"
+
+
+def duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def gibibytes(count: int) -> str:
+    """Bytes in GiB."""
+    return f"{count / 2**30:.2f} GiB"
 
 
 def finetune() -> None:
