@@ -95,11 +95,11 @@ class MaBertConfig(PreTrainedConfig):
         kwargs.pop("layer_types", None)
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
+        self._check_pattern()
         super().__post_init__(**kwargs)
         self.check()
 
-    def check(self) -> None:
-        """Raise ValueError where a value is outside its choices or contradicts another one."""
+    def _check_pattern(self) -> None:
         unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
         if unknown or not self.pattern:
             found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
@@ -107,6 +107,10 @@ class MaBertConfig(PreTrainedConfig):
                 f"pattern {self.pattern!r} has {found}. Write one letter a layer: "
                 "M (Mamba) or T (Transformer), as in MMTMMTMMTMMT."
             )
+
+    def check(self) -> None:
+        """Raise ValueError where a value is outside its choices or contradicts another one."""
+        self._check_pattern()
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")

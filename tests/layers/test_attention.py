@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from mabert import MaBertConfig
+from mabert.layers import attention
+from mabert.layers.attention import SelfAttention, rotary_angles, rotate
+from mabert.ops import SequenceLayout
+
+
+@pytest.fixture
+def layer():
+    config = MaBertConfig(hidden_size=16, num_attention_heads=2, pattern="T", attn_implementation="sdpa")
+    torch.manual_seed(0)
+    return SelfAttention(config).eval()
+
+
+def layout_of(lengths):
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    return SequenceLayout.build(1, sum(lengths), "cpu", packed=True, cu_seq_lens=cu)
+
+
+def test_grid_and_one_call_a_sequence_agree_and_are_chosen_by_overhead(layer, monkeypatch):
+    calls = []
+    attend = SelfAttention._attend
+    monkeypatch.setattr(
+        SelfAttention, "_attend", lambda self, qkv, *a, **k: calls.append(qkv.shape) or attend(self, qkv, *a, **k)
+    )
+    lengths = [5, 0, 1, 9, 2]
+    x = torch.randn(17, 16)
+    one_by_one = layer(x, layout_of(lengths))
+    assert [tuple(c[:2]) for c in calls] == [(1, 5), (1, 1), (1, 9), (1, 2)]
+    calls.clear()
+    monkeypatch.setattr(attention, "MAX_GRID_OVERHEAD", 10)
+    grid = layer(x, layout_of(lengths))
+    assert [tuple(c[:2]) for c in calls] == [(5, 9)]
+    torch.testing.assert_close(grid, one_by_one)
+    calls.clear()
+    layer(torch.randn(18, 16), SequenceLayout.build(2, 9, "cpu", packed=True))
+    assert [tuple(c[:2]) for c in calls] == [(2, 9)]
+
+
+def test_no_softmax_is_empty(layer, monkeypatch):
+    masks = []
+
+    def interface(module, query, key, value, mask, **kwargs):
+        masks.append(mask)
+        return value.transpose(1, 2), None
+
+    monkeypatch.setattr(attention.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *a: interface)
+    mask = torch.tensor([[True, False], [False, False]])
+    layer(torch.randn(2, 2, 16), SequenceLayout.build(2, 2, "cpu", packed=False, attention_mask=mask))
+    assert masks[0].shape == (2, 1, 1, 2)
+    assert masks[0][:, 0, 0].tolist() == [[True, False], [True, True]]
+
+
+def test_flash_attention_gets_the_boundaries_and_no_mask(layer, monkeypatch):
+    seen = {}
+
+    def interface(module, query, key, value, mask, **kwargs):
+        seen.update(kwargs, mask=mask, shape=query.shape)
+        return value.transpose(1, 2), None
+
+    monkeypatch.setattr(attention.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *a: interface)
+    layer.config._attn_implementation = "flash_attention_2"
+    layer(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
+    assert seen["cu_seq_lens_q"].tolist() == seen["cu_seq_lens_k"].tolist() == [0, 5, 5, 6, 15, 17]
+    assert seen["max_length_q"] == seen["max_length_k"] == 9
+    assert seen["mask"] is None
+    assert seen["is_causal"] is False
+    assert seen["shape"] == (1, 2, 17, 8)
+
+
+def test_rotation_depends_on_relative_position_only():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 8, dtype=torch.float64)
+
+    def score(i, j):
+        rotated = [rotate(t, *rotary_angles(torch.tensor([p]), 8, 100.0, torch.float64)) for t, p in ((q, i), (k, j))]
+        return (rotated[0] * rotated[1]).sum()
+
+    torch.testing.assert_close(score(7, 3), score(14, 10), rtol=1e-5, atol=1e-6)
+    assert (score(7, 3) - score(7, 4)).abs() > 1e-3
+    torch.testing.assert_close(score(5, 5), (q * k).sum(), rtol=1e-6, atol=1e-6)
