@@ -26,7 +26,7 @@ def test_it_is_berts_wordpiece(tokenizer):
     assert tokenizer.model_max_length == 512
     encoded = tokenizer("The CAT sees", "a Moon, naïve 漢")
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    assert tokens == "[CLS] the cat sees [SEP] a moon , naive [UNK] [SEP]".split()
+    assert tokens == ["[CLS]", "the", "cat", "sees", "[SEP]", "a", "moon", ",", "naive", "[UNK]", "[SEP]"]
     assert encoded["token_type_ids"] == [0] * 5 + [1] * 6
     assert tokenizer.decode(encoded["input_ids"], skip_special_tokens=True) == "the cat sees a moon, naive"
 

@@ -52,7 +52,7 @@ def read_table(
 ) -> Table:
     """Read one table; its suffix says how: ``.tsv .csv .jsonl``, also ``.gz`` or ``.xz``, and ``.parquet``.
 
-    TSV knows no quotes: a field is what stands between two tabs, and every line has as many as the header. CSV is
+    TSV knows no quotes: a field is what stands between two tabs, and every line has as many as the header; empty lines are passed over. CSV is
     quoted as usual. ``columns`` names the columns of a TSV or CSV file that has no header. ``labels`` fixes the classes
     and their order; without it they are those found, sorted, numbers by their value. ``regression`` reads numbers.
     ``skip_incomplete`` leaves out TSV lines with a wrong number of fields, with a warning, instead of refusing them.
@@ -144,9 +144,11 @@ def _read_tsv(file: BinaryIO, columns: Sequence[str] | None, skip_incomplete: bo
             columns = fields
         elif len(fields) == len(columns):
             yield f"{file.name}, line {line}", dict(zip(columns, fields, strict=True))
+        elif not text:
+            continue
         elif skip_incomplete:
             skipped.append(line)
-        elif text:
+        else:
             raise TableError(
                 f"{file.name}, line {line}: {len(fields)} fields, but there are {len(columns)} columns "
                 f"({', '.join(columns)}); a field of a .tsv file can hold neither a tab nor a line break"
