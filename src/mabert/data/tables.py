@@ -52,10 +52,11 @@ def read_table(
 ) -> Table:
     """Read one table; its suffix says how: ``.tsv .csv .jsonl``, also ``.gz`` or ``.xz``, and ``.parquet``.
 
-    TSV knows no quotes: a field is what stands between two tabs, and every line has as many as the header; empty lines are passed over. CSV is
-    quoted as usual. ``columns`` names the columns of a TSV or CSV file that has no header. ``labels`` fixes the classes
-    and their order; without it they are those found, sorted, numbers by their value. ``regression`` reads numbers.
-    ``skip_incomplete`` leaves out TSV lines with a wrong number of fields, with a warning, instead of refusing them.
+    TSV knows no quotes: a field is what stands between two tabs, and every line has as many as the header; empty lines
+    are passed over. CSV is quoted as usual. ``columns`` names the columns of a TSV or CSV file that has no header.
+    ``labels`` fixes the classes and their order; without it they are those found, sorted, numbers by their value.
+    ``regression`` reads numbers. ``skip_incomplete`` leaves out TSV lines with a wrong number of fields, with a
+    warning, instead of refusing them.
 
     Raises TableError for a missing column, an empty table, text or a label that is missing, a label that is not among
     ``labels`` or no number.
