@@ -53,8 +53,8 @@ def train_tokenizer(
             f"at the start of words and within, take {needed}; give at least that"
         )
     # The trainer of `tokenizers` numbers the characters within words ("##e") in the order of a randomly seeded hash
-    # table, and breaks ties by these numbers: it gives another vocabulary at every call. Naming them in advance, as special
-    # tokens, fixes their numbers; nothing else of their being special survives, because only the vocabulary is kept.
+    # table, and breaks ties by these numbers: it gives another vocabulary at every call. Naming them in advance, as
+    # special tokens, fixes their numbers; nothing else of that survives, because only the vocabulary is kept.
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
