@@ -2,14 +2,15 @@
 
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from mabert.data.mlm import Key, MlmDataset, collate_rows, permuted_index
+from mabert.data.mlm import Key, collate_rows, permuted_index
 from mabert.training.optim import Schedule
 
 
@@ -85,13 +86,20 @@ class StagedBatchSampler(Sampler[list[Key]]):
         return stage, epoch, int(self._order(self.seed, stage, epoch, self.rows[stage])[place])
 
 
-def train_loader(dataset: MlmDataset, sampler: StagedBatchSampler, *, workers: int, pin_memory: bool) -> DataLoader:
+def train_loader(
+    dataset: Any,
+    sampler: StagedBatchSampler,
+    *,
+    workers: int,
+    pin_memory: bool,
+    collate: Callable[[list[Any]], Any] = collate_rows,
+) -> DataLoader:
     """Load the sampler's micro-batches, ahead of time where there are workers, without touching the global RNG."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate_rows,
+        collate_fn=collate,
         pin_memory=pin_memory,
         # The next optimizer step's micro-batches are ready when it begins.
         prefetch_factor=max(2, math.ceil(sampler.layout.accumulation / workers)) if workers else None,

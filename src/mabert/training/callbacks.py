@@ -74,6 +74,7 @@ class StepRecord:
     step: int
     """Steps done, this one included."""
     stage: int
+    """Of fine-tuning, the epoch; both from 0."""
     loss: float
     """Raw loss of this step's batch, in nats a label."""
     learning_rate: float
@@ -169,11 +170,13 @@ def mean_over_processes(value: float, device: torch.device) -> float:
 class TrainingProgress:
     """Progress on a terminal as one bar over all steps, elsewhere as a line every `every` steps.
 
-    The time left counts tokens, not steps, since a step of a later stage takes longer.
+    The time left counts tokens, not steps, since a step of a later stage takes longer. `part` is the word for a stage.
     """
 
-    def __init__(self, console: Console, *, first_step: int, steps: int, tokens_left: int, every: int) -> None:
-        self._console, self._steps, self._every = console, steps, every
+    def __init__(
+        self, console: Console, *, first_step: int, steps: int, tokens_left: int, every: int, part: str = "stage"
+    ) -> None:
+        self._console, self._steps, self._every, self._part = console, steps, every, part
         self._tokens_left, self._tokens_done = tokens_left, 0
         self._began = time.monotonic()
         self._bar = Progress(
@@ -199,7 +202,7 @@ class TrainingProgress:
         self._tokens_done += record.tokens
         left = self._tokens_left / self._tokens_done * (time.monotonic() - self._began)
         words = (
-            f"stage {record.stage + 1}, loss {record.loss:.4f}, {record.tokens_per_second:,.0f} tokens/s, "
+            f"{self._part} {record.stage + 1}, loss {record.loss:.4f}, {record.tokens_per_second:,.0f} tokens/s, "
             f"{timedelta(seconds=round(left))} left"
         )
         self._bar.update(self._task, completed=record.step, description=words)
