@@ -4,8 +4,9 @@ import csv
 import random
 from pathlib import Path
 
-import acceptability
 import pytest
+
+import acceptability
 import stdlib_text
 from acceptability import PLURAL, SINGULAR
 

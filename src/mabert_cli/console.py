@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 output = Console(highlight=False)
@@ -26,5 +27,5 @@ def table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(name, str(value))
+        grid.add_row(escape(name), escape(str(value)))
     return grid

@@ -13,12 +13,16 @@ Config = TypeVar("Config")
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+NOTHING_FIXED: Mapping[str, str] = MappingProxyType({})
+
 
 class OverrideError(ValueError):
     """A `key=value` that cannot be applied; the message says why, and what would fit."""
 
 
-def build_config(recipe: Callable[..., Config], assignments: Iterable[str], fixed: Mapping[str, str]) -> Config:
+def build_config(
+    recipe: Callable[..., Config], assignments: Iterable[str], fixed: Mapping[str, str] = NOTHING_FIXED
+) -> Config:
     """Call a recipe with those of its parameters that are assigned, and change its config's fields by the rest.
 
     Raises:
@@ -48,9 +52,7 @@ def pairs(assignments: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def apply_overrides(
-    config: Config, assignments: Iterable[str], fixed: Mapping[str, str] = MappingProxyType({})
-) -> Config:
+def apply_overrides(config: Config, assignments: Iterable[str], fixed: Mapping[str, str] = NOTHING_FIXED) -> Config:
     """A copy of a dataclass with fields changed, all at once, so that its own checks see the whole.
 
     `outer.inner=value` reaches into a field that is itself a dataclass; `outer=none` empties it, where it may be empty.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from datetime import timedelta
 from operator import attrgetter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -17,6 +19,7 @@ from mabert_cli.overrides import OverrideError, build_config, overridable, unkno
 
 if TYPE_CHECKING:
     from mabert.data.corpus import Corpus
+    from mabert.training.finetune import FinetunePlan, FinetuneResult
     from mabert.training.pretrain import Estimate, PretrainPlan, PretrainResult
 
 Recipe = Callable[..., Any]
@@ -69,7 +72,7 @@ def tokenizer(
 def sizes(corpus: "Corpus") -> Iterator[tuple[str, str]]:
     """Each source with its size on disk."""
     for source in corpus.sources:
-        yield str(source), f"{source.stat().st_size / 2**20:.2f} MiB" if isinstance(source, Path) else "not known"
+        yield str(source), size(source.stat().st_size) if isinstance(source, Path) else "not known"
 
 
 def watched(corpus: "Corpus") -> Iterator[str]:
@@ -109,13 +112,47 @@ def pretrain(
             estimate = training.estimate(plan)
         output.print(table("Estimate for this machine", estimate_rows(estimate)))
         return
-    try:
-        result = training.pretrain(config)
-    except training.TrainingInterruptedError as stop:
-        errors.print(str(stop), soft_wrap=True, markup=False)
-        raise typer.Exit(128 + stop.signum) from stop
+    with stoppable():
+        result = training.pretrain(config, console=errors)
     if os.environ.get("RANK", "0") == "0":
-        output.print(table(f"Model in {result.output}", result_rows(result)))
+        output.print(table(f"Model in {escape(str(result.output))}", result_rows(result)))
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="glue (a task by its name) or table (your own).")],
+    assignments: Assignments = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune a pretrained model on classification or regression.
+
+    glue needs task=, glue=, model= and output=; table needs train=, model= and output=. --dry-run lists every other
+    key. A run that was stopped goes on when it is started again.
+
+    Example: [bold]mabert finetune glue task=RTE glue=glue model=runs/tiny output=runs/rte epochs=5[/]
+    """
+    from mabert.experiments.recipes.finetune import RECIPES
+    from mabert.training import finetune as training
+
+    config = build_config(named(RECIPES, recipe), assignments or [])
+    if dry_run:
+        output.print(settings(config), "")
+        output.print(table("Run", finetune_rows(training.plan_finetune(config))))
+        return
+    with stoppable():
+        result = training.finetune(config, console=errors)
+    output.print(table(f"Model in {escape(str(result.output))}", score_rows(result)))
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn a run that a signal stopped into its message and the signal's exit code."""
+    from mabert.training.callbacks import TrainingInterruptedError
+
+    try:
+        yield
+    except TrainingInterruptedError as stop:
+        errors.print(str(stop), soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(128 + stop.signum) from stop
 
 
 def named(recipes: Mapping[str, Recipe], name: str) -> Recipe:
@@ -133,9 +170,9 @@ def settings(config: Any) -> Table:
 
 def shown(value: Any) -> str:
     """A value as it would be written on the command line."""
-    return (
-        ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is None else str(value)
-    )
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def plan_rows(plan: "PretrainPlan") -> Iterator[tuple[str, str]]:
@@ -144,11 +181,8 @@ def plan_rows(plan: "PretrainPlan") -> Iterator[tuple[str, str]]:
     yield "parameters", f"{plan.parameters:,}"
     yield "vocabulary", f"{plan.model.vocab_size:,}"
     yield "steps", f"{plan.schedule.steps:,}, {plan.schedule.warmup_steps:,} of them warm-up"
-    yield (
-        "batch",
-        f"{config.batch_size:,} sequences: {layout.world_size} process(es) × {layout.accumulation} × "
-        f"{config.micro_batch_size}",
-    )
+    processes = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
+    yield "batch", f"{config.batch_size:,} sequences: {processes} × {layout.accumulation} × {config.micro_batch_size}"
     for number, (length, steps, tokens) in enumerate(
         zip(config.stage_lengths, plan.schedule.stage_steps, plan.stage_tokens, strict=True), start=1
     ):
@@ -164,8 +198,8 @@ def estimate_rows(estimate: "Estimate") -> Iterator[tuple[str, str]]:
         yield f"stage {number}", f"{seconds:.2f} s a step"
     yield "time", f"{duration(estimate.seconds)} without evaluations and checkpoints"
     parts = ("weights", "gradients", "optimizer", "activations")
-    listed = ", ".join(f"{part} {gibibytes(getattr(estimate, part))}" for part in parts)
-    yield "memory", f"{gibibytes(estimate.memory)} in each process ({listed})"
+    listed = ", ".join(f"{part} {size(getattr(estimate, part))}" for part in parts)
+    yield "memory", f"{size(estimate.memory)} in each process ({listed})"
 
 
 def result_rows(result: "PretrainResult") -> Iterator[tuple[str, str]]:
@@ -177,15 +211,35 @@ def result_rows(result: "PretrainResult") -> Iterator[tuple[str, str]]:
     yield "waiting for data", f"{result.data_wait:.1%} of the time"
 
 
+def finetune_rows(plan: "FinetunePlan") -> Iterator[tuple[str, str]]:
+    """A fine-tuning run in numbers."""
+    data, config = plan.data, plan.config
+    yield "parameters", f"{plan.parameters:,}"
+    yield "labels", ", ".join(data.label_names) if data.label_names else "numbers"
+    for name, split in {"train": data.train, **data.evaluation}.items():
+        cut = f", {split.truncated:,} cut to {config.max_length} tokens" if split.truncated else ""
+        yield name, f"{len(split):,} rows{cut} {split.subset}".rstrip()
+    if data.selection:
+        yield "selection", f"{len(data.selection):,} rows of train"
+    yield "metrics", ", ".join(data.metrics)
+    yield "steps", f"{plan.schedule.steps:,}, {plan.schedule.warmup_steps:,} of them warm-up"
+    yield "tokens", f"{plan.tokens:,}"
+
+
+def score_rows(result: "FinetuneResult") -> Iterator[tuple[str, str]]:
+    """The scores on each set, beside the majority class."""
+    for name, split in result.splits.items():
+        scores = ", ".join(f"{metric} {value:.4f}" for metric, value in split.metrics.items())
+        baseline = "" if split.majority_accuracy is None else f" (majority class {split.majority_accuracy:.4f})"
+        yield f"{name} {split.subset}".rstrip(), f"{scores}{baseline}"
+    yield "steps", f"{result.steps:,} in {duration(result.seconds)}"
+
+
 def duration(seconds: float) -> str:
     """Days, hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))
 
 
-def gibibytes(count: int) -> str:
-    """Bytes in GiB."""
-    return f"{count / 2**30:.2f} GiB"
-
-
-def finetune() -> None:
-    """Finetune."""
+def size(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,120 @@
+"""`mabert predict`, `mabert fill-mask`, `mabert encode` hand every option on and say what they wrote."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_classifier, write_mabert
+from typer.testing import CliRunner, Result
+
+from mabert.inference.encode import encode
+from mabert.inference.fill_mask import fill_mask
+from mabert.inference.predict import predict
+from mabert_cli.app import app
+
+TEXTS = ["the cat sees a dog .", "a bird", "the fish likes the horse . the horse finds a fish"]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mabert(tmp_path_factory.mktemp("mlm"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "new.tsv"
+    rows = [f"{text}\t{text[::-1]}" for text in TEXTS]
+    path.write_text("\n".join(["sentence\tother", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_predict_writes_a_label_a_row(classifier: Path, table: Path, tmp_path: Path) -> None:
+    result = run("predict", classifier, table, "--output", tmp_path / "out.tsv", "--text-column", "sentence")
+    assert result.exit_code == 0, result.output
+    assert "3 predictions in" in result.output
+    lines = (tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[1] for line in lines[1:]] == [p.label for p in predict(TEXTS, model_folder=classifier)]
+
+
+def test_predict_reads_pairs(classifier: Path, table: Path, tmp_path: Path) -> None:
+    columns = ["--text-column", "sentence", "--text-pair-column", "other"]
+    assert run("predict", classifier, table, "-o", tmp_path / "a.jsonl", *columns).exit_code == 0
+    assert run("predict", classifier, table, "-o", tmp_path / "b.jsonl", *columns[:2]).exit_code == 0
+    assert (tmp_path / "a.jsonl").read_text() != (tmp_path / "b.jsonl").read_text()
+
+
+@pytest.mark.parametrize("command", ["predict", "encode"])
+def test_a_long_text_is_refused_or_cut(
+    command: str, model: Path, classifier: Path, table: Path, tmp_path: Path
+) -> None:
+    words = {
+        "predict": ["predict", classifier, table, "--output", tmp_path / "out.tsv"],
+        "encode": ["encode", model, table, tmp_path / "out.npy"],
+    }[command]
+    words += ["--text-column", "sentence", "--max-length", "8"]
+    refused = run(*words)
+    assert refused.exit_code == 2
+    assert "row 3 has 13 tokens" in " ".join(refused.stderr.split())
+    assert run(*words, "--truncate").exit_code == 0
+
+
+def test_fill_mask_shows_the_most_probable_tokens(model: Path) -> None:
+    result = run("fill-mask", model, "the [MASK] sees a [MASK] .", "--top-k", "3")
+    assert result.exit_code == 0, result.output
+    expected = fill_mask("the [MASK] sees a [MASK] .", model, top_k=3)
+    lines = [line for line in result.output.splitlines() if line.strip()]
+    assert len(lines) == 6
+    for line, fill in zip(lines, (fill for fills in expected for fill in fills), strict=True):
+        probability, token = line.split()[:2]
+        assert (probability, token) == (f"{fill.probability:.1%}", fill.token)
+        assert fill.text in line
+
+
+def test_fill_mask_needs_a_mask(model: Path) -> None:
+    result = run("fill-mask", model, "no mask here")
+    assert result.exit_code == 2
+    assert "write [MASK] where" in " ".join(result.stderr.split())
+
+
+def test_encode_writes_a_vector_a_line(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    result = run("encode", model, source, tmp_path / "out.npy")
+    assert result.exit_code == 0, result.output
+    assert "3 vectors of 16 numbers in" in result.output
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), encode(TEXTS, model), atol=1e-6)
+
+
+def test_encode_hands_its_options_on(model: Path, table: Path, tmp_path: Path) -> None:
+    options = ["--text-column", "other", "--pooling", "cls", "--normalize"]
+    assert run("encode", model, table, tmp_path / "out.npy", *options).exit_code == 0
+    expected = encode([text[::-1] for text in TEXTS], model, pooling="cls", normalize=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("option", "message"), [("--bf16", None), ("--batch-tokens=0", "batch_tokens=0")])
+def test_encode_takes_the_batch_and_the_precision(
+    option: str, message: str | None, model: Path, table: Path, tmp_path: Path
+) -> None:
+    result = run("encode", model, table, tmp_path / "out.npy", "--text-column", "sentence", option)
+    if message:
+        assert result.exit_code == 2
+        assert message in result.stderr
+    else:
+        difference = np.abs(np.load(tmp_path / "out.npy") - encode(TEXTS, model)).max()
+        assert 0 < difference < 0.1
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    result = run("fill-mask", tmp_path, "the [MASK]")
+    assert result.exit_code == 2
+    assert "is not a model folder" in " ".join(result.stderr.split())
