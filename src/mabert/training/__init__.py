@@ -1,0 +1,1 @@
+"""Training runs: pretraining, fine-tuning, and what they share."""

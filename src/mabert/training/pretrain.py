@@ -1,12 +1,9 @@
 """Masked-language-model pretraining: one Trainer, one optimizer, one schedule over all stages of row length."""
 
 import json
-import platform
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainingArguments,
     get_linear_schedule_with_warmup,
     set_seed,
@@ -28,13 +23,11 @@ from transformers.utils import CONFIG_NAME
 from mabert.data.mlm import MlmDataset
 from mabert.data.rows import Rows
 from mabert.data.tokenizer import load_tokenizer
-from mabert.files import atomic_folder, atomic_write, remove_leftovers
+from mabert.files import atomic_write, remove_leftovers
 from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import StagedBatchSampler, train_loader
 from mabert.training.callbacks import (
     JsonLines,
-    StepLog,
-    StopOnSignal,
     TokenisingProgress,
     TrainingInterruptedError,
     TrainingProgress,
@@ -42,7 +35,6 @@ from mabert.training.callbacks import (
     without_progress_bars,
 )
 from mabert.training.checkpoints import (
-    AtomicCheckpointTrainer,
     checkpoint_step,
     latest_complete_checkpoint,
     list_checkpoints,
@@ -51,8 +43,18 @@ from mabert.training.held_out import HeldOut, evaluate_held_out
 from mabert.training.optim import adamw
 from mabert.training.plan import Estimate, PretrainPlan, estimate, plan, prepare_rows
 from mabert.training.pretrain_config import CONFIG_FILE, PretrainConfig
+from mabert.training.runs import RunTrainer, environment, publish
 
-__all__ = ["Estimate", "PretrainConfig", "PretrainPlan", "PretrainResult", "estimate", "plan", "pretrain"]
+__all__ = [
+    "Estimate",
+    "PretrainConfig",
+    "PretrainPlan",
+    "PretrainResult",
+    "TrainingInterruptedError",
+    "estimate",
+    "plan",
+    "pretrain",
+]
 
 STEP_LOG, EVALUATION_LOG, METRICS = "log.jsonl", "evaluations.jsonl", "metrics.json"
 # CHOICE: the held-out masks do not depend on the run's seed, as the held-out documents do not
@@ -133,15 +135,11 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         return MlmDataset(rows, tokenizer, seed=seed, mlm_probability=config.mlm_probability)
 
     with ExitStack() as stack:
-        log = evaluations = None
-        if is_first:
-            log = stack.enter_context(JsonLines(output / STEP_LOG, last_step=first_step))
-            evaluations = stack.enter_context(JsonLines(output / EVALUATION_LOG, last_step=first_step))
+        names = (STEP_LOG, EVALUATION_LOG) if is_first else ()
         trainer = PretrainTrainer(
             planned,
             first_step=first_step,
-            log=log,
-            evaluations=evaluations,
+            logs=[stack.enter_context(JsonLines(output / name, last_step=first_step)) for name in names],
             progress=TrainingProgress(
                 console,
                 first_step=first_step,
@@ -157,55 +155,25 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         )
         trainer.run(checkpoint)
     if is_first:
-        _publish(trainer.accelerator.unwrap_model(trainer.model), tokenizer, output)
+        publish(trainer.accelerator.unwrap_model(trainer.model), tokenizer, output)
         _write_result(planned, args)
     trainer.accelerator.wait_for_everyone()
     return _read_result(output)
 
 
-class PretrainTrainer(AtomicCheckpointTrainer):
-    """The Trainer of `pretrain`: its own batches, optimizer, schedule, logs and held-out evaluation."""
+class PretrainTrainer(RunTrainer):
+    """The Trainer of `pretrain`: its own batches, optimizer, schedule and held-out evaluation."""
 
     model: MaBertForMaskedLM
     train_dataset: MlmDataset
     eval_dataset: MlmDataset
     processing_class: PreTrainedTokenizerBase
 
-    def __init__(
-        self,
-        planned: PretrainPlan,
-        *,
-        first_step: int,
-        log: JsonLines | None,
-        evaluations: JsonLines | None,
-        progress: TrainingProgress,
-        **kwargs: Any,
-    ) -> None:
-        self.plan, self.first_step, self.log_lines, self.evaluations = planned, first_step, log, evaluations
-        self.progress, self.step_log, self.stop = progress, StepLog(log, progress), StopOnSignal()
-        super().__init__(callbacks=[self.step_log, self.stop], **kwargs)
-        self.remove_callback(PrinterCallback)
-        del self.model.config.use_cache  # the Trainer's; it would be saved, and means nothing to an encoder
+    def __init__(self, planned: PretrainPlan, *, logs: Sequence[JsonLines], **kwargs: Any) -> None:
+        self.plan, self.evaluations = planned, logs[1] if logs else None
+        super().__init__(steps=planned.schedule.steps, seed=planned.config.seed, logs=logs, **kwargs)
         # The model divides by num_items_in_batch; the Trainer looks for **kwargs to find that out.
         self.model_accepts_loss_kwargs = True
-
-    def run(self, checkpoint: Path | None) -> None:
-        """Train to the end of the schedule, from `checkpoint` on.
-
-        Raises:
-            TrainingInterruptedError: a signal asked for it; everything up to there is saved.
-        """
-        steps = self.plan.schedule.steps
-        if self.first_step == steps:  # only what follows the training is missing
-            self._load_from_checkpoint(str(checkpoint))
-            return
-        # Each process needs dropout of its own; a resume puts back what the checkpoint holds.
-        set_seed(self.plan.config.seed + self.args.process_index)
-        with self.stop, self.progress:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if self.stop.received and self.state.global_step < steps:
-            step = self.state.global_step
-            raise TrainingInterruptedError(self.stop.received, step, self.plan.config.output / f"checkpoint-{step}")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam over our parameter groups."""
@@ -253,12 +221,6 @@ class PretrainTrainer(AtomicCheckpointTrainer):
         self.step_log.data_arrived()
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch, forward and backward."""
-        loss = super().training_step(*args, **kwargs)
-        self.step_log.add_loss(loss)
-        return loss
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss at the first stage's length, after the last step at every stage's length."""
         config, step = self.plan.config, self.state.global_step
@@ -288,12 +250,6 @@ class PretrainTrainer(AtomicCheckpointTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        for lines in (self.log_lines, self.evaluations):
-            if lines is not None:
-                lines.sync()  # a resume relies on every line up to the checkpoint's step
-        super()._save_checkpoint(model, trial)
 
 
 def _training_arguments(planned: PretrainPlan) -> TrainingArguments:
@@ -349,17 +305,6 @@ def _own_process_group() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    staged = output / "model"
-    with atomic_folder(staged, replace=True) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    # config.json goes last: from_pretrained(output) finds a whole model or none
-    for file in sorted(staged.iterdir(), key=lambda file: file.name == CONFIG_NAME):
-        file.replace(output / file.name)
-    staged.rmdir()
-
-
 def _write_result(planned: PretrainPlan, args: TrainingArguments) -> None:
     output, steps = planned.config.output, planned.schedule.steps
     records = read_lines(output / STEP_LOG)
@@ -376,24 +321,11 @@ def _write_result(planned: PretrainPlan, args: TrainingArguments) -> None:
         "tokens_per_second": tokens / seconds,
         "data_wait": waited / seconds,
         "parameters": planned.parameters,
-        "environment": {
-            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else _processor_name(),
-            "processes": str(args.world_size),
-            "threads": str(torch.get_num_threads()),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("mabert", "torch", "transformers")},
-        },
+        "environment": environment(args),
     }
     with atomic_write(output / METRICS, "w") as file:
         json.dump(result, file, indent=2)
         file.write("\n")
-
-
-def _processor_name() -> str:
-    description = Path("/proc/cpuinfo")  # Linux, where platform.processor() has little to say
-    text = description.read_text(encoding="utf-8") if description.exists() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _read_result(output: Path) -> PretrainResult:

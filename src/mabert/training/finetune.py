@@ -1,0 +1,469 @@
+"""Fine-tuning of an encoder on classification or regression, of single texts or pairs."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from mabert.files import atomic_folder, atomic_write, remove_leftovers
+from mabert.inference.batches import map_batches, progress_bar
+from mabert.inference.loading import load_config, load_matching_tokenizer, load_model, longest_sequence
+from mabert.inference.predict import predictions_of
+from mabert.training.batches import StagedBatchSampler, WorldLayout, train_loader
+from mabert.training.callbacks import JsonLines, TrainingProgress, read_lines, without_progress_bars
+from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint, list_checkpoints
+from mabert.training.finetune_config import CONFIG_FILE, FinetuneConfig
+from mabert.training.finetune_data import FinetuneData, Split, load_data
+from mabert.training.metrics import compute_metrics, majority_baseline
+from mabert.training.optim import Schedule, adamw, plan_schedule
+from mabert.training.runs import RunTrainer, environment, publish
+
+__all__ = ["FinetuneConfig", "FinetunePlan", "FinetuneResult", "finetune", "plan_finetune"]
+
+STEP_LOG, SELECTION_LOG, METRICS = "log.jsonl", "selection.jsonl", "metrics.json"
+BEST, SCORES = "best", "scores.json"
+EVALUATION_BATCH_TOKENS = 8192
+# CHOICE: BERT's Adam, as every published fine-tuning of it
+BETAS, EPS = (0.9, 0.999), 1e-6
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """The scores on one set."""
+
+    rows: int
+    subset: str
+    """"(subset, n rows)" where it is not the whole official split: such scores do not compare with published ones."""
+    truncated: int
+    """Rows that were cut to `max_length` tokens."""
+    metrics: dict[str, float]
+    """The main one first."""
+    majority_accuracy: float | None
+    """Accuracy of always answering the most frequent class of train; None for regression."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished run reached; `metrics.json` in its folder."""
+
+    output: Path
+    """Folder of the model: `AutoModelForSequenceClassification.from_pretrained(output)`."""
+    splits: dict[str, SplitResult]
+    """The scores by set: dev (for MNLI dev_matched and dev_mismatched), and test where one was given."""
+    train_rows: int
+    train_subset: str
+    train_truncated: int
+    steps: int
+    selection: dict[str, float] | None
+    """With `select="best"`: the epoch, from 1, whose weights were kept, and its scores on the rows that selected it."""
+    seconds: float
+    """Time in training steps, over all parts of a resumed run."""
+    parameters: int
+    environment: dict[str, str]
+    """Hardware and versions that the numbers come from."""
+    config: dict[str, Any]
+    """Every choice of the run."""
+
+    def summary(self) -> list[str]:
+        """A line for each set, fit to be shown: with what a score has to be held against."""
+        trained = f", trained on a subset of {self.train_rows} rows" if self.train_subset else ""
+        lines = []
+        for name, split in self.splits.items():
+            where = " ".join(filter(None, (self.config["task"], name, split.subset)))
+            baseline = "" if split.majority_accuracy is None else f" (majority class {split.majority_accuracy:.4f})"
+            lines.append(f"{where}{trained}: {_written(split.metrics)}{baseline}")
+        return lines
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """A run worked out before it begins; what `mabert finetune --dry-run` shows."""
+
+    config: FinetuneConfig
+    model: PreTrainedConfig
+    """The model's config, with the task's labels and the settings that the run replaces."""
+    parameters: int
+    tokenizer: PreTrainedTokenizerFast
+    data: FinetuneData
+    schedule: Schedule
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run trains on."""
+        return self.tokens_from(0)
+
+    def tokens_from(self, step: int) -> int:
+        """Tokens that are left after `step` steps."""
+        return sum(map(self.tokens_of, range(step, self.schedule.steps)))
+
+    def tokens_of(self, step: int) -> int:
+        """Tokens in the batch of a step."""
+        return sum(
+            len(self.data.train[key]["input_ids"]) for keys in self.sampler().micro_batches(step) for key in keys
+        )
+
+    def sampler(self, first_step: int = 0) -> StagedBatchSampler:
+        """The micro-batches from a step on; the batch in which an epoch ends is filled from the next one."""
+        layout = WorldLayout(self.config.batch_size, self.config.forward_size)
+        rows = [len(self.data.train)]
+        return StagedBatchSampler(self.schedule, rows, layout, seed=self.config.seed, first_step=first_step)
+
+    def epoch_at(self, step: int) -> int:
+        """The epoch, from 0, in which the batch of a step begins."""
+        return step * self.config.batch_size // len(self.data.train)
+
+
+def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
+    """Work out what `finetune(config)` will do: read and tokenise the data, and check all choices against each other.
+
+    Raises:
+        ValueError: the model folder or a file cannot be used, or the choices do not fit them.
+    """
+    model = load_config(config.model, **dict(config.overrides))
+    tokenizer = load_matching_tokenizer(config.model, model)
+    data = load_data(config, tokenizer, longest_sequence(model, tokenizer, config.max_length))
+    model.id2label = dict(enumerate(data.label_names))
+    model.label2id = {label: index for index, label in model.id2label.items()}
+    model.problem_type = "regression" if config.regression else "single_label_classification"
+    with torch.device("meta"):
+        parameters = AutoModelForSequenceClassification.from_config(model).num_parameters()
+    return FinetunePlan(
+        config=config,
+        model=model,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        data=data,
+        schedule=plan_schedule(
+            math.ceil(config.epochs * len(data.train) / config.batch_size),
+            stage_fractions=(1.0,),
+            warmup_fraction=config.warmup_fraction,
+        ),
+    )
+
+
+def finetune(config: FinetuneConfig, *, console: Console | None = None) -> FinetuneResult:
+    """Fine-tune a model folder and leave the model, its tokenizer, scores and predictions in `config.output`.
+
+    Besides the model, the folder then holds `metrics.json` (the result), `predictions-<set>.tsv`, `log.jsonl` (every
+    step) and `finetune_config.json`. A run that was stopped goes on from its newest complete checkpoint when it is
+    started again with the same choices; a finished one gives its result at once.
+
+    Raises:
+        ValueError: the model folder or a file cannot be used, or the choices do not fit them or an earlier run.
+        TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved first.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    console = console or Console(stderr=True)
+    if (config.output / METRICS).exists():
+        config.check_resumes(config.output)
+        console.print(f"{config.output} is finished already.", soft_wrap=True)
+        return read_result(config.output)
+    planned = plan_finetune(config)
+    _claim(config)
+    with without_progress_bars():
+        return _run(planned, console)
+
+
+def read_result(output: Path) -> FinetuneResult:
+    """The result of a finished run."""
+    values = json.loads((output / METRICS).read_text(encoding="utf-8"))
+    values["splits"] = {name: SplitResult(**split) for name, split in values["splits"].items()}
+    return FinetuneResult(output=output, **values)
+
+
+def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
+    config, data = planned.config, planned.data
+    args = _training_arguments(planned)
+    checkpoint, skipped = latest_complete_checkpoint(config.output)
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    lines = [*skipped, f"going on from {checkpoint}"] if checkpoint else skipped
+    for name, split in {"train": data.train, **data.evaluation}.items():
+        if split.truncated:
+            lines.append(f"{name}: {split.truncated:,} of {len(split):,} rows are cut to {config.max_length} tokens")
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+    set_seed(config.seed)
+    model = _load_classifier(planned)
+    with ExitStack() as stack:
+        names = (STEP_LOG, SELECTION_LOG) if data.selection else (STEP_LOG,)
+        trainer = FinetuneTrainer(
+            planned,
+            first_step=first_step,
+            logs=[stack.enter_context(JsonLines(config.output / name, last_step=first_step)) for name in names],
+            progress=TrainingProgress(
+                console,
+                first_step=first_step,
+                steps=planned.schedule.steps,
+                tokens_left=planned.tokens_from(first_step),
+                every=config.log_every,
+                part="epoch",
+            ),
+            model=model,
+            args=args,
+        )
+        trainer.run(checkpoint)
+    selection = trainer.best.restore(model) if trainer.best else None
+
+    splits = {}
+    for name, split in data.evaluation.items():
+        logits = _logits(model, planned.tokenizer, split, f"evaluating {name}", show=console.is_terminal)
+        splits[name] = _score(split, logits, data)
+        _write_predictions(config.output / f"predictions-{name}.tsv", split, logits, data)
+    publish(model, planned.tokenizer, config.output)
+    _write_result(planned, args, splits, selection)
+    for leftover in [*list_checkpoints(config.output), config.output / BEST]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    result = read_result(config.output)
+    for line in result.summary():
+        console.print(line, soft_wrap=True, highlight=False)
+    return result
+
+
+class FinetuneTrainer(RunTrainer):
+    """The Trainer of `finetune`: its own batches, loss, optimizer and schedule."""
+
+    model: PreTrainedModel
+
+    def __init__(self, planned: FinetunePlan, *, logs: Sequence[JsonLines], model: PreTrainedModel, **kwargs: Any):
+        self.plan = planned
+        self.best = _BestEpoch(planned, logs[1], kwargs["progress"]) if planned.data.selection else None
+        super().__init__(
+            steps=planned.schedule.steps,
+            seed=planned.config.seed,
+            logs=logs,
+            model=model,
+            callbacks=[self.best] if self.best else [],
+            processing_class=planned.tokenizer,
+            train_dataset=planned.data.train,
+            compute_loss_func=_loss,
+            **kwargs,
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Adam over our parameter groups."""
+        if self.optimizer is None:
+            rate, decay = self.plan.config.learning_rate, self.plan.config.weight_decay
+            self.optimizer = adamw(self.model, learning_rate=rate, betas=BETAS, eps=EPS, weight_decay=decay)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up, linear decay to zero."""
+        schedule = self.plan.schedule
+        self.lr_scheduler = get_linear_schedule_with_warmup(self.optimizer, schedule.warmup_steps, schedule.decay_steps)
+        return self.lr_scheduler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The micro-batches from the step to go on from, each padded to its longest row."""
+        return train_loader(
+            self.plan.data.train,
+            self.plan.sampler(self.first_step),
+            collate=DataCollatorWithPadding(self.plan.tokenizer),
+            workers=self.plan.config.workers,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of one optimizer step and their number of rows; timed."""
+        step = self.state.global_step
+        self.step_log.begin(self.plan.epoch_at(step), tokens=self.plan.tokens_of(step))
+        batches = list(islice(epoch_iterator, num_batches))
+        self.step_log.data_arrived()
+        return batches, sum(len(batch["labels"]) for batch in batches)
+
+
+def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """This micro-batch's share of the batch's mean loss: many of transformers' heads ignore num_items_in_batch."""
+    logits = outputs.logits.float()
+    if labels.is_floating_point():
+        total = torch.nn.functional.mse_loss(logits.squeeze(-1), labels, reduction="sum")
+    else:
+        total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return total / num_items_in_batch
+
+
+class _BestEpoch(TrainerCallback):
+    """Scores each epoch on the rows held out for that, and keeps the weights of the best one in the run's folder."""
+
+    def __init__(self, planned: FinetunePlan, log: JsonLines, progress: TrainingProgress) -> None:
+        self.plan, self.log, self.progress = planned, log, progress
+        self.folder = planned.config.output / BEST
+        rows, size = len(planned.data.train), planned.config.batch_size
+        self.ends = {math.ceil(epoch * rows / size): epoch for epoch in range(1, planned.config.epochs + 1)}
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Score, at the end of an epoch."""
+        if (epoch := self.ends.get(state.global_step)) is None:
+            return
+        data = self.plan.data
+        assert data.selection is not None
+        scores = _score(data.selection, _logits(model, self.plan.tokenizer, data.selection), data).metrics
+        self.log.append({"step": state.global_step, "epoch": epoch, **scores})
+        self.progress.note(f"epoch {epoch}, {len(data.selection)} rows held out of train: {_written(scores)}")
+        main = data.metrics[0]
+        # The score is kept with the weights, so that a run that is killed between the two files never mixes them up.
+        if not self.folder.exists() or scores[main] > self._kept()[main]:
+            with atomic_folder(self.folder, replace=True) as folder:
+                save_weights(model, str(folder / SAFE_WEIGHTS_NAME))
+                (folder / SCORES).write_text(json.dumps({"epoch": epoch, **scores}), encoding="utf-8")
+
+    def restore(self, model: PreTrainedModel) -> dict[str, float]:
+        """Put the best epoch's weights into the model; return its number and scores."""
+        load_weights(model, self.folder / SAFE_WEIGHTS_NAME)
+        return self._kept()
+
+    def _kept(self) -> dict[str, float]:
+        return json.loads((self.folder / SCORES).read_text(encoding="utf-8"))
+
+
+def _training_arguments(planned: FinetunePlan) -> TrainingArguments:
+    config = planned.config
+    args = TrainingArguments(
+        output_dir=str(config.output),
+        seed=config.seed,
+        max_steps=planned.schedule.steps,
+        per_device_train_batch_size=config.forward_size,
+        gradient_accumulation_steps=config.batch_size // config.forward_size,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        ignore_data_skip=True,  # the sampler begins at the right step
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=1,
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+    )
+    if args.world_size > 1:
+        raise ValueError(f"fine-tuning runs in one process, not in {args.world_size}: start it without torchrun")
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs would become DataParallel
+    return args
+
+
+def _claim(config: FinetuneConfig) -> None:
+    """Begin a run in the output folder, or make sure that the one in it is this one."""
+    output = config.output
+    if (output / CONFIG_FILE).exists():
+        config.check_resumes(output)
+    elif output.is_dir() and (list_checkpoints(output) or (output / CONFIG_NAME).exists()):
+        raise ValueError(f"{output} holds another model or its checkpoints: choose an output folder for this run.")
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    config.save(output)
+
+
+def _load_classifier(planned: FinetunePlan) -> PreTrainedModel:
+    """The model to train. Its head is new, unless the folder's own has the same labels."""
+    folder, config = planned.config.model, planned.model
+    model = load_model(AutoModelForSequenceClassification, folder, config, new_head=True)
+    before = load_config(folder)
+    if type(model).__name__ in (before.architectures or ()) and before.id2label != config.id2label:
+        # a head of the same shape was loaded, but it knows other labels
+        fresh = AutoModelForSequenceClassification.from_config(config)
+        for name, module in fresh.named_children():
+            if name != model.base_model_prefix:
+                model.get_submodule(name).load_state_dict(module.state_dict())
+    return model
+
+
+def _logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: Split, what: str = "", *, show: bool = False
+) -> np.ndarray:
+    with progress_bar(what, len(split), show=show) as advance:
+        return map_batches(
+            model,
+            tokenizer,
+            split.features,
+            lambda inputs: model(**inputs).logits,
+            batch_tokens=EVALUATION_BATCH_TOKENS,
+            advance=advance,
+        )
+
+
+def _score(split: Split, logits: np.ndarray, data: FinetuneData) -> SplitResult:
+    predicted = logits[:, 0] if data.regression else logits.argmax(1)
+    return SplitResult(
+        rows=len(split),
+        subset=split.subset,
+        truncated=split.truncated,
+        metrics=compute_metrics(data.metrics, split.labels, predicted),
+        majority_accuracy=None if data.regression else majority_baseline(data.train.labels, split.labels),
+    )
+
+
+def _write_predictions(path: Path, split: Split, logits: np.ndarray, data: FinetuneData) -> None:
+    """index, gold and predicted label, and a column of probabilities for each label; for regression two numbers."""
+    predictions = predictions_of(logits, data.label_names)
+    with atomic_write(path, "w") as file:
+        columns = ["index", "gold", "predicted"]
+        if not data.regression:
+            columns += [f"p({label})" for label in data.label_names]
+        file.write("\t".join(columns) + "\n")
+        for index, (gold, item) in enumerate(zip(split.labels.tolist(), predictions, strict=True)):
+            true = gold if data.regression else data.label_names[gold]
+            values = [index, true, item.label, *(f"{score:.6f}" for score in item.scores.values())]
+            file.write("\t".join(map(str, values)) + "\n")
+
+
+def _write_result(
+    planned: FinetunePlan,
+    args: TrainingArguments,
+    splits: dict[str, SplitResult],
+    selection: dict[str, float] | None,
+) -> None:
+    config, train = planned.config, planned.data.train
+    result = {
+        "splits": {name: asdict(split) for name, split in splits.items()},
+        "train_rows": len(train),
+        "train_subset": train.subset,
+        "train_truncated": train.truncated,
+        "steps": planned.schedule.steps,
+        "selection": selection,
+        "seconds": sum(record["seconds"] for record in read_lines(config.output / STEP_LOG)),
+        "parameters": planned.parameters,
+        "environment": environment(args),
+        "config": config.to_dict(),
+    }
+    with atomic_write(config.output / METRICS, "w") as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+
+
+def _written(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
