@@ -1,10 +1,12 @@
 """Which rows each optimizer step sees, in which process, as a pure function of the seed and the step."""
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -103,13 +105,25 @@ def train_loader(
         pin_memory=pin_memory,
         # The next optimizer step's micro-batches are ready when it begins.
         prefetch_factor=max(2, math.ceil(sampler.layout.accumulation / workers)) if workers else None,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=partial(_obey_only, os.getpid()),
         # A loader without a generator draws its workers' seed from the global one, and dropout with it would change.
         generator=torch.Generator().manual_seed(sampler.seed),
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the workers must outlive the step in progress.
+def _obey_only(parent: int, worker: int) -> None:
+    """Let Ctrl-C and SIGTERM end this worker only if `parent` sends them.
+
+    From a terminal or a scheduler they reach every process of a run, and the workers must outlive the step in progress.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows cannot tell who sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

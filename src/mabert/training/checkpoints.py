@@ -51,7 +51,7 @@ def _defect(checkpoint: Path) -> str | None:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not written to its end"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
     for name, size in sizes.items():
         file = checkpoint / name
@@ -87,7 +87,9 @@ class AtomicCheckpointTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(folder / STATE_FILE))
         if self.args.should_save and self.args.save_total_limit:
-            for outdated in list_checkpoints(output)[: -self.args.save_total_limit]:
+            # What the resume skipped as incomplete can bear a higher number, and must not count as newer.
+            written = [path for path in list_checkpoints(output) if checkpoint_step(path) <= self.state.global_step]
+            for outdated in written[: -self.args.save_total_limit]:
                 shutil.rmtree(outdated)
 
     @contextmanager

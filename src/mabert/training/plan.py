@@ -141,18 +141,14 @@ def prepare_rows(
         held_out = shards(config.valid, "valid")
     else:
         train, held_out = train.split(config.valid_fraction, SPLIT_SEED)
-    return (
-        _cut(train, config, "training text does not fill one row of {} tokens: give more text."),
-        _cut(held_out, config, "held-out text does not fill one row of {} tokens: hold out more of it."),
-    )
+    return _cut(train, config, "training"), _cut(held_out, config, "held-out")
 
 
-def _cut(shards: Shards, config: PretrainConfig, complaint: str) -> list[Rows]:
-    stages = [Rows(shards, length, config.packing) for length in config.stage_lengths]
-    for length, rows in zip(config.stage_lengths, stages, strict=True):
-        if not len(rows):
-            raise ValueError("the " + complaint.format(length))
-    return stages
+def _cut(shards: Shards, config: PretrainConfig, name: str) -> list[Rows]:
+    try:
+        return [Rows(shards, length, config.packing) for length in config.stage_lengths]
+    except ValueError as error:
+        raise ValueError(f"the {name} text is too short: {error}") from error
 
 
 def _shards_folder(config: PretrainConfig) -> Path:

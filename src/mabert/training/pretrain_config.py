@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mabert.config import MaBertConfig
-from mabert.data.rows import Packing
+from mabert.data.rows import MIN_LENGTH, Packing
 from mabert.files import atomic_write
 from mabert.training.batches import WorldLayout
 from mabert.training.optim import BUDGET_MODES
@@ -134,7 +134,11 @@ class PretrainConfig:
             ("seed", self.seed >= 0, "at least 0"),
             ("budget", 0 < self.budget <= 1, "above 0 and at most 1"),
             ("budget_mode", self.budget_mode in BUDGET_MODES, f"one of {', '.join(BUDGET_MODES)}"),
-            ("stage_lengths", all(length >= 3 for length in self.stage_lengths), "lengths of at least 3 tokens"),
+            (
+                "stage_lengths",
+                all(length >= MIN_LENGTH for length in self.stage_lengths),
+                f"lengths of at least {MIN_LENGTH} tokens",
+            ),
             ("packing", self.packing in get_args(Packing), f"one of {', '.join(get_args(Packing))}"),
             ("mlm_probability", 0 < self.mlm_probability < 1, "between 0 and 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),

@@ -3,7 +3,9 @@
 import random
 from pathlib import Path
 
-from mabert.data.tokenizer import train_tokenizer
+from mabert.data.shards import Shards, prepare_shards
+from mabert.data.tokenizer import load_tokenizer, train_tokenizer
+from mabert.training.callbacks import read_lines
 from mabert.training.pretrain import PretrainConfig
 
 MODEL = {"hidden_size": 16, "pattern": "MT", "num_attention_heads": 2, "intermediate_size": 32, "state_size": 4}
@@ -59,3 +61,15 @@ def config(folder: Path, output: str = "run", **changes) -> PretrainConfig:
         "tensorboard": False,
     }
     return PretrainConfig(**choices | changes)
+
+
+def tokenise(folder: Path) -> Shards:
+    """Tokenise the text, as a run would."""
+    return prepare_shards(
+        (str(folder / "text.txt"),), load_tokenizer(folder / "tokenizer"), folder / "shards" / "train"
+    )
+
+
+def losses(output: Path) -> list[float]:
+    """The raw losses of a run's steps."""
+    return [line["loss"] for line in read_lines(output / "log.jsonl")]
