@@ -137,6 +137,14 @@ def test_the_collator_pads_and_masks_real_tokens_only(tokenizer):
     assert selected.sum() / ordinary.sum() == pytest.approx(0.5, abs=0.1)
 
 
+def test_tokens_that_the_attention_mask_hides_are_not_selected(tokenizer):
+    row = dict(tokenizer("the cat sees the moon. " * 4))
+    row["attention_mask"] = [0] * 10 + row["attention_mask"][10:]
+    labels = MlmCollator(tokenizer, 1.0)([row])["labels"][0]
+    assert (labels[:10] == -100).all()
+    assert (labels[10:-1] != -100).all()
+
+
 def test_the_collator_repeats_itself_by_its_seed_and_varies_by_batch(tokenizer):
     rows = examples(tokenizer)
     one, two = MlmCollator(tokenizer, seed=1), MlmCollator(tokenizer, seed=1)
