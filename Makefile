@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COMPILED := $(wildcard CMakeLists.txt) $(shell find src -name "*.cpp" -o -name "*.h")
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow gpu check format paper clean
@@ -40,7 +41,7 @@ clean: ## remove everything that these targets made
 	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "mabert needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 			"Name another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }

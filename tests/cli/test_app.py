@@ -1,10 +1,11 @@
 """The command line as a whole: quick to start, helpful, and without tracebacks for bad input."""
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,11 @@ def test_help_comes_within_a_second_and_without_heavy_imports() -> None:
         "except SystemExit: pass\n"
         "print(json.dumps([name for name in ('torch', 'transformers', 'mabert', 'numpy') if name in sys.modules]))"
     )
-    seconds = []
-    for _ in range(3):  # the best of three: a busy machine is not a slow command
-        started = time.perf_counter()
-        finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1
+    before = os.times()
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = os.times()
+    # Time on the processor: on a busy machine the clock on the wall says little.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
     assert json.loads(finished.stdout.splitlines()[-1]) == []
 
 
@@ -111,9 +109,11 @@ def test_env_fails_where_a_backend_computes_something_else(monkeypatch: pytest.M
 
 
 def test_env_says_why_a_backend_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mabert.ops.backend import Backend
+    from mabert.ops import backend
 
-    monkeypatch.setattr(Backend, "missing", lambda self, device: "no compiler" if self.name == "torch" else None)
+    first, *others = backend.BACKENDS
+    absent = dataclasses.replace(first, missing=lambda device: "no compiler")
+    monkeypatch.setattr(backend, "BACKENDS", (absent, *others))
     result = run("env")
     assert result.exit_code == 0
     assert "missing: no compiler" in plain(result.output)
