@@ -7,28 +7,59 @@ import torch
 from mabert.ops import selective_scan, use_backend
 from mabert.ops.backend import choose_backend
 
-CPU = torch.device("cpu")
+CPU, F32 = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture(autouse=True)
+def without_native(monkeypatch):
+    monkeypatch.setattr("mabert.ops.native.kernels", None)
+    monkeypatch.setattr("mabert.ops.native.missing_because", "no compiler")
 
 
 def test_automatic_choice_is_reported_once_with_its_cost(caplog, monkeypatch):
     monkeypatch.setattr("mabert.ops.backend._reported", set())
     with caplog.at_level(logging.INFO, logger="mabert"):
-        assert choose_backend("selective_scan", CPU) == "torch"
-        choose_backend("selective_scan", CPU)
-    assert len(caplog.records) == 1
+        assert choose_backend("selective_scan", CPU, F32) == "torch"
+        choose_backend("selective_scan", CPU, F32)
+    assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
     assert "'torch' backend" in caplog.text
     assert "several times longer" in caplog.text
+    assert "'native' backend is missing: it was not compiled (no compiler). Install a C++ compiler" in caplog.text
+
+
+def test_the_compiled_kernel_comes_first_where_it_can_run(caplog, monkeypatch):
+    monkeypatch.setattr("mabert.ops.backend._reported", set())
+    monkeypatch.setattr("mabert.ops.native.kernels", object())
+    with caplog.at_level(logging.WARNING, logger="mabert"):
+        assert choose_backend("selective_scan", CPU, F32) == "native"
+        assert choose_backend("selective_scan", CPU, torch.bfloat16) == "native"
+        assert choose_backend("selective_scan", CPU, torch.float64) == "torch"
+        assert choose_backend("selective_scan", torch.device("cuda"), F32) == "torch"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        (CPU, F32, r"Backend 'native' cannot run selective_scan: it was not compiled \(no compiler\)"),
+        (CPU, torch.float64, "it takes torch.float32, torch.bfloat16, not torch.float64"),
+        (torch.device("cuda"), F32, "it runs on CPUs, not on cuda"),
+    ],
+)
+def test_a_missing_explicit_backend_raises(device, dtype, message):
+    with pytest.raises(RuntimeError, match=message):
+        choose_backend("selective_scan", device, dtype, "native")
 
 
 def test_use_backend_holds_for_a_block_or_until_the_next_call():
     with use_backend("reference"):
-        assert choose_backend("selective_scan", CPU) == "reference"
-        assert choose_backend("selective_scan", CPU, "torch") == "torch"
-    assert choose_backend("selective_scan", CPU) == "torch"
+        assert choose_backend("selective_scan", CPU, F32) == "reference"
+        assert choose_backend("selective_scan", CPU, F32, "torch") == "torch"
+    assert choose_backend("selective_scan", CPU, F32) == "torch"
     use_backend("reference")
-    assert choose_backend("selective_scan", CPU) == "reference"
+    assert choose_backend("selective_scan", CPU, F32) == "reference"
     use_backend(None)
-    assert choose_backend("selective_scan", CPU) == "torch"
+    assert choose_backend("selective_scan", CPU, F32) == "torch"
 
 
 def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):

@@ -2,13 +2,20 @@ import pytest
 import torch
 
 from mabert.ops import depthwise_conv
+from mabert.ops.native import kernels
 
+IF_COMPILED = pytest.mark.skipif(kernels is None, reason="the CPU kernels were not compiled")
+COMPARED = [
+    ("torch", torch.float64),
+    pytest.param("native", torch.float32, marks=IF_COMPILED),
+    pytest.param("native", torch.bfloat16, marks=IF_COMPILED),
+]
 CU = torch.tensor([0, 2, 2, 9, 10, 20], dtype=torch.int32)
 
 
 def make_inputs(batch, length, width, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    shapes = ((batch, length, 5), (5, width), (5,))
+    shapes = ((batch, length, 37), (37, width), (37,))
     return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -16,20 +23,23 @@ def make_inputs(batch, length, width, dtype=torch.float64):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "mask", "packed"])
 @pytest.mark.parametrize("width", [1, 3, 4])
-def test_torch_backend_equals_the_reference(mode, reverse, layout, width):
-    inputs = make_inputs(1 if layout == "packed" else 2, 20, width)
+@pytest.mark.parametrize(("backend", "dtype"), COMPARED)
+def test_backends_equal_the_reference(backend, dtype, mode, reverse, layout, width):
+    inputs = make_inputs(1 if layout == "packed" else 2, 20, width, dtype)
     options = {"mode": mode, "reverse": reverse, "activation": "silu"}
     if layout == "mask":
         options["mask"] = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) > 0.3
     if layout == "packed":
         options["cu_seqlens"] = CU
     results = []
-    for backend in ("reference", "torch"):
-        y = depthwise_conv(*inputs, **options, backend=backend)
+    for name in ("reference", backend):
+        y = depthwise_conv(*inputs, **options, backend=name)
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
     for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+        assert actual.dtype == expected.dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=8 * eps * float(expected.detach().abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -46,15 +56,16 @@ def test_which_neighbours_a_kernel_of_four_sees(mode, reverse, seen):
 
 def test_causal_mode_equals_torch_conv1d():
     x, weight, bias = make_inputs(2, 9, 4)
-    expected = torch.nn.functional.conv1d(x.mT, weight.unsqueeze(1), bias, padding=3, groups=5)[..., :9].mT
+    expected = torch.nn.functional.conv1d(x.mT, weight.unsqueeze(1), bias, padding=3, groups=37)[..., :9].mT
     torch.testing.assert_close(depthwise_conv(x, weight, bias, mode="causal"), expected)
 
 
-def test_masked_positions_are_never_read_and_come_out_zero():
-    x, weight, bias = make_inputs(2, 12, 4)
+@pytest.mark.parametrize(("backend", "dtype"), COMPARED)
+def test_masked_positions_are_never_read_and_come_out_zero(backend, dtype):
+    x, weight, bias = make_inputs(2, 12, 4, dtype)
     mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) > 0.3
     poisoned = x.detach().masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
-    y = depthwise_conv(poisoned, weight, bias, mask=mask, activation="silu")
+    y = depthwise_conv(poisoned, weight, bias, mask=mask, activation="silu", backend=backend)
     assert (y[~mask] == 0).all()
     y.sum().backward()
     assert torch.isfinite(poisoned.grad).all()
@@ -81,3 +92,42 @@ def test_bfloat16_is_summed_in_float32():
 def test_wrong_input_is_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         depthwise_conv(*arguments, **options)
+
+
+@IF_COMPILED
+def test_native_opcheck_and_equal_bits_for_any_number_of_threads():
+    from mabert.ops.depthwise_conv.native import _conv
+
+    x, weight, bias = make_inputs(3, 50, 4, torch.float32)
+    torch.library.opcheck(_conv, (x, weight, bias, None, None, 1, True))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = depthwise_conv(x, weight, bias, activation="silu", backend="native")
+        results.append([y, *torch.autograd.grad(y.sum(), (x, weight, bias))])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@IF_COMPILED
+@pytest.mark.parametrize("isa", kernels.isas() if kernels else [])
+def test_every_instruction_set_computes_the_same(isa):
+    best = kernels.isa()
+    inputs = make_inputs(2, 30, 4, torch.float32)
+    results = []
+    for name in (best, isa):
+        kernels.use_isa(name)
+        y = depthwise_conv(*inputs, activation="silu", backend="native")
+        results.append([y, *torch.autograd.grad((y * y).sum(), inputs)])
+    kernels.use_isa(best)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@IF_COMPILED
+def test_native_refuses_what_it_would_have_to_cast():
+    with pytest.raises(ValueError, match="at most 16 taps"):
+        depthwise_conv(torch.zeros(1, 4, 3), torch.zeros(3, 17), backend="native")
+    with pytest.raises(ValueError, match="last dimension of x must be contiguous"):
+        depthwise_conv(torch.zeros(1, 3, 4).mT, torch.zeros(3, 4), backend="native")

@@ -1,14 +1,17 @@
 """Which implementation of an op runs: the best one for the device, or the one asked for.
 
-An implementation is a module `mabert.ops.<op>.<backend>`. Nothing falls back silently: the backend in use is reported
-once at INFO level, a slow one says what it costs, and asking for one that is missing raises.
+Nothing falls back silently: the backend in use is reported once at INFO level, one that is slower than another could be
+says at WARNING level what it costs and how to get the other, and asking for one that is missing raises.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
+
+from mabert.ops import native
 
 logger = logging.getLogger(__name__)
 
@@ -22,28 +25,55 @@ class Backend:
     Attributes:
         name: what `use_backend` and the `backend=` argument take.
         about: what it is, in a few words.
+        missing: why it cannot run on a device, or None when it can.
+        dtypes: the dtypes it takes.
         automatic: whether it may be chosen without being asked for.
-        cost: what using it costs, said when it is chosen automatically; empty for the fast ones.
+        cost: what using it instead of a better one costs, said when it is chosen automatically.
     """
 
     name: str
     about: str
-    automatic: bool
+    missing: Callable[[torch.device], str | None]
+    dtypes: tuple[torch.dtype, ...]
+    automatic: bool = True
     cost: str = ""
 
-    def missing(self, device: torch.device) -> str | None:
-        """Why it cannot run on the device, or None when it can."""
-        return None
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run on this device with this dtype, or None when it can."""
+        if dtype not in self.dtypes:
+            return f"it takes {', '.join(str(d) for d in self.dtypes)}, not {dtype}."
+        return self.missing(device)
 
 
+def _native_missing(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on {device.type}."
+    if native.kernels is None:
+        return (
+            f"it was not compiled ({native.missing_because}). Install a C++ compiler (GCC or Clang), then reinstall: "
+            "pip install --force-reinstall --no-deps mabert, or from a checkout: pip install -e ."
+        )
+    return None
+
+
+def _everywhere(device: torch.device) -> str | None:
+    return None
+
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_MORE_FLOATS = (*_FLOATS, torch.float16, torch.float64)
+
+# The best one first.
 BACKENDS = (
+    Backend("native", "compiled CPU kernels", _native_missing, _FLOATS),
     Backend(
         "torch",
-        "plain PyTorch, chunked over time, backward written by hand",
-        automatic=True,
-        cost="no compiled kernel is used, so M layers take several times longer",
+        "plain PyTorch, chunked over time",
+        _everywhere,
+        _MORE_FLOATS,
+        cost="M layers take several times longer than with a compiled kernel",
     ),
-    Backend("reference", "the specification: a readable loop over time", automatic=False),
+    Backend("reference", "the specification: a loop over time", _everywhere, _MORE_FLOATS, automatic=False),
 )
 
 _requested: str | None = None
@@ -73,23 +103,25 @@ class use_backend:  # noqa: N801  (reads as a statement: `with use_backend("refe
         _requested = self._previous
 
 
-def choose_backend(op: str, device: torch.device, requested: str | None = None) -> str:
-    """Name of the backend that runs `op` on `device`: the requested one, else `use_backend`'s, else the best available.
+def choose_backend(op: str, device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
+    """Name of the backend that runs `op`: the requested one, else `use_backend`'s, else the best one that can.
 
     Raises:
         ValueError: the requested name is unknown.
-        RuntimeError: the requested backend cannot run on this device.
+        RuntimeError: the requested backend cannot run on this device or with this dtype.
     """
     name = requested or _requested
     if name is not None:
-        reason = _by_name(name).missing(device)
+        reason = _by_name(name).refuses(device, dtype)
         if reason:
-            raise RuntimeError(f"Backend {name!r} cannot run {op} on {device}: {reason}")
+            raise RuntimeError(f"Backend {name!r} cannot run {op}: {reason}")
         return name
-    backend = next(b for b in BACKENDS if b.automatic and b.missing(device) is None)
-    if not torch.compiler.is_compiling():
-        _report(op, device, backend)
-    return backend.name
+    for backend in BACKENDS:
+        if backend.automatic and backend.refuses(device, dtype) is None:
+            if not torch.compiler.is_compiling():
+                _report(op, device, dtype, backend)
+            return backend.name
+    raise RuntimeError(f"No backend runs {op} on {device} with {dtype}.")
 
 
 def _by_name(name: str) -> Backend:
@@ -99,9 +131,14 @@ def _by_name(name: str) -> Backend:
     raise ValueError(f"Unknown backend {name!r}. There are: {', '.join(b.name for b in BACKENDS)}.")
 
 
-def _report(op: str, device: torch.device, backend: Backend) -> None:
+def _report(op: str, device: torch.device, dtype: torch.dtype, backend: Backend) -> None:
     key = (op, device.type, backend.name)
-    if key not in _reported:
-        _reported.add(key)
-        cost = f" ({backend.cost})" if backend.cost else ""
-        logger.info("%s on %s runs with the %r backend: %s%s", op, device.type, backend.name, backend.about, cost)
+    if key in _reported:
+        return
+    _reported.add(key)
+    logger.info("%s on %s runs with the %r backend: %s", op, device.type, backend.name, backend.about)
+    for better in BACKENDS[: BACKENDS.index(backend)]:
+        if better.automatic and dtype in better.dtypes and (device.type == "cpu") == (better.name == "native"):
+            logger.warning(
+                "%s: %s. The %r backend is missing: %s", op, backend.cost, better.name, better.missing(device)
+            )

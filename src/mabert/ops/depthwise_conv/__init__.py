@@ -3,9 +3,13 @@
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend
-from mabert.ops.depthwise_conv import fallback, reference
+from mabert.ops.depthwise_conv import fallback, native, reference
 
-IMPLEMENTATIONS = {"torch": fallback.depthwise_conv, "reference": reference.depthwise_conv}
+IMPLEMENTATIONS = {
+    "native": native.depthwise_conv,
+    "torch": fallback.depthwise_conv,
+    "reference": reference.depthwise_conv,
+}
 
 
 def depthwise_conv(
@@ -55,5 +59,5 @@ def depthwise_conv(
     left = (width - 1) // 2 if mode == "centered" else width - 1
     if reverse:
         weight, left = weight.flip(1), width - 1 - left
-    run = IMPLEMENTATIONS[choose_backend("depthwise_conv", x.device, backend)]
+    run = IMPLEMENTATIONS[choose_backend("depthwise_conv", x.device, x.dtype, backend)]
     return run(x, weight, bias, mask, cu_seqlens, left, activation == "silu")

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend
-from mabert.ops.selective_scan import fallback, reference
+from mabert.ops.selective_scan import fallback, native, reference
+from mabert.ops.selective_scan.kept import kept_rows
+
+IMPLEMENTATIONS = {"torch": fallback, "native": native}
 
 
 def selective_scan(
@@ -48,16 +51,18 @@ def selective_scan(
         ValueError: shapes do not fit together.
     """
     _check_shapes(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state)
-    name = choose_backend("selective_scan", x.device, backend)
+    name = choose_backend("selective_scan", x.device, x.dtype, backend)
     if name == "reference":
         y, final_state = reference.selective_scan(
             x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse
         )
     else:
         inputs = (x, delta, A, B, C, D, z, delta_bias, initial_state)
-        keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        rows = kept_rows(x.shape[0], x.shape[1], sequences) if keep else 0
         y, final_state, _ = _scan(
-            x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, keep_states
+            x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, rows, name
         )
     return (y, final_state) if return_final_state else y
 
@@ -77,23 +82,23 @@ def _scan(
     initial_state: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
-    keep_states: bool,
+    kept_rows: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return fallback.forward(
-            x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, keep_states
+        return IMPLEMENTATIONS[backend].forward(
+            x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows
         )
 
 
 @_scan.register_fake
 def _(
-    x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, keep_states
+    x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = fallback.checkpoint_rows(x.shape[0], x.shape[1], sequences) if keep_states else 0
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(x.dtype, torch.float32)
-    final = x.new_empty(x.shape[0] if sequences is None else sequences, *A.shape, dtype=dtype)
-    return torch.empty_like(x), final, x.new_empty(rows, *A.shape, dtype=dtype)
+    final, kept = (x.new_empty(n, *A.shape, dtype=dtype) for n in (sequences, kept_rows))
+    return _like(x), final, kept
 
 
 @torch.library.custom_op("mabert::selective_scan_backward", mutates_args=())
@@ -114,9 +119,10 @@ def _scan_backward(
     delta_softplus: bool,
     reverse: bool,
     kept: Tensor,
+    backend: str,
 ) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return fallback.backward(
+        return IMPLEMENTATIONS[backend].backward(
             dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse,
             kept,
         )  # fmt: skip
@@ -124,27 +130,44 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(
-    dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept
+    dy,
+    dfinal,
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    mask,
+    cu_seqlens,
+    initial_state,
+    delta_softplus,
+    reverse,
+    kept,
+    backend,
 ) -> list[Tensor]:
-    return [
-        x.new_empty(0) if t is None else torch.empty_like(t)
-        for t in (x, delta, A, B, C, D, z, delta_bias, initial_state)
-    ]
+    return [x.new_empty(0) if t is None else _like(t) for t in (x, delta, A, B, C, D, z, delta_bias, initial_state)]
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus, ctx.reverse, _keep_states = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(True)
 
 
 def _autograd_backward(ctx, dy, dfinal, _dkept):
     *tensors, kept = ctx.saved_tensors
-    grads = _scan_backward(dy, dfinal, *tensors, ctx.delta_softplus, ctx.reverse, kept)
+    grads = _scan_backward(dy, dfinal, *tensors, ctx.delta_softplus, ctx.reverse, kept, ctx.backend)
     x, delta, A, B, C, D, z, delta_bias, initial_state = (
         g if t is not None else None for g, t in zip(grads, (*tensors[:8], tensors[10]), strict=True)
     )
-    return x, delta, A, B, C, D, z, delta_bias, None, None, initial_state, None, None, None
+    return x, delta, A, B, C, D, z, delta_bias, None, None, initial_state, None, None, None, None
 
 
 _scan.register_autograd(_autograd_backward, setup_context=_setup_context)

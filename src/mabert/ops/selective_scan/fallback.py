@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mabert.ops.selective_scan.kept import KEPT_EVERY
+
 CHUNK = 8
-GROUP = 4
-
-
-def checkpoint_rows(batch_size: int, length: int, sequences: int | None) -> int:
-    """Upper bound of the number of (E, N) states that the forward keeps for the backward."""
-    span = CHUNK * GROUP
-    return batch_size * -(-length // span) if sequences is None else length // span + sequences
+GROUP = KEPT_EVERY // CHUNK
 
 
 @dataclass(frozen=True)
@@ -129,20 +125,18 @@ class _Chunks:
 
 
 def forward(
-    x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, keep_states
+    x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final states, and the states kept for `backward` (none unless `keep_states`)."""
+    """Outputs, final states, and the states kept for `backward` (`kept_rows` of them or fewer, none if 0)."""
     chunks = _Chunks.build(x, delta, A, B, C, delta_bias, mask, cu_seqlens, delta_softplus, reverse)
     schedule = chunks.schedule
     final_SEN = chunks.starting_states(initial_state)
-    sequences = None if cu_seqlens is None else cu_seqlens.numel() - 1
-    kept_rows = checkpoint_rows(x.shape[0], x.shape[1], sequences) if keep_states else 0
     kept = chunks.x.new_zeros(kept_rows, *A.shape)
     kept_so_far = 0
     s = torch.empty_like(chunks.x)
     for chunk, running in enumerate(schedule.running):
         h_KEN = final_SEN[:running]
-        if keep_states and chunk % GROUP == 0:
+        if kept_rows and chunk % GROUP == 0:
             kept[kept_so_far : kept_so_far + running] = h_KEN
             kept_so_far += running
         rows = chunks.rows(chunk)

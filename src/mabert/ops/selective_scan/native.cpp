@@ -1,0 +1,340 @@
+// The selective scan on a CPU, forward and backward.
+//
+// A task owns 64 channels of one sequence (forward) or of a group of sequences (backward). Time goes by in tiles of 32
+// steps; within a tile the channels advance LANES at a time, their N states in registers. The forward keeps the state
+// before each tile; the backward recomputes a tile's states and decays from it into scratch that stays in the L2 cache.
+// Nothing of size B·L·E·N is ever stored.
+#include "native.h"
+
+#include "../simd.h"
+
+namespace mabert::MABERT_ISA {
+namespace {
+
+struct Unit {
+    int64_t row, start, length;
+};
+
+Unit unit_of(const ScanArgs& a, int64_t unit) {
+    if (!a.cu) return {unit, 0, a.length};
+    return {0, a.cu[unit], a.cu[unit + 1] - a.cu[unit]};
+}
+
+template <class T>
+INLINE T* at(const Rows& rows, int64_t row, int64_t time) {
+    return (T*)rows.data + row * rows.batch_stride + time * rows.time_stride;
+}
+
+// The tokens of one tile, in scan order.
+struct Tile {
+    int steps;
+    int64_t row;
+    int64_t time[TILE];
+    bool real[TILE];
+
+    Tile(const ScanArgs& a, const Unit& u, int64_t first) : row(u.row) {
+        steps = u.length - first < TILE ? (int)(u.length - first) : TILE;
+        for (int t = 0; t < steps; t++) {
+            time[t] = u.start + (a.reverse ? u.length - 1 - first - t : first + t);
+            real[t] = !a.mask || a.mask[row * a.length + time[t]];
+        }
+    }
+};
+
+// (TILE, N) floats of B or C.
+template <class T>
+INLINE void gather_tile(const Tile& tile, const Rows& from, int64_t state, float* to) {
+    for (int t = 0; t < tile.steps; t++)
+        if (tile.real[t])
+            for (int64_t n = 0; n < state; n++) to[t * state + n] = scalar(at<T>(from, tile.row, tile.time[t]) + n);
+}
+
+// (E, N) rows of `lanes` channels to N vectors, and back.
+INLINE void transpose_in(const float* from, int64_t state, int lanes, vf* to) {
+    for (int64_t n = 0; n < state; n++) {
+        float v[LANES] = {};
+        for (int i = 0; i < lanes; i++) v[i] = from[i * state + n];
+        to[n] = load(v);
+    }
+}
+
+INLINE void transpose_out(const vf* from, int64_t state, int lanes, float* to) {
+    for (int64_t n = 0; n < state; n++) {
+        float v[LANES];
+        store(v, from[n]);
+        for (int i = 0; i < lanes; i++) to[i * state + n] = v[i];
+    }
+}
+
+// STATE is the number of states when it is known at compile time (they then stay in registers), else 0.
+template <class T, int STATE>
+void forward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int lanes, const vf* A, const float* B,
+                   const float* C, vf* state_vectors) {
+    const int64_t N = STATE ? STATE : a.state;
+    const vf D = a.D ? load(a.D + channel, lanes) : vf{};
+    const vf bias = a.bias ? load(a.bias + channel, lanes) : vf{};
+    vf registers[STATE ? STATE : 1];
+    vf* h = STATE ? registers : state_vectors;
+    if (STATE)
+        for (int n = 0; n < N; n++) h[n] = state_vectors[n];
+    for (int t = 0; t < tile.steps; t++) {
+        T* y = at<T>(a.y, tile.row, tile.time[t]) + channel;
+        if (!tile.real[t]) {
+            store(y, vf{}, lanes);
+            continue;
+        }
+        const vf x = load(at<T>(a.x, tile.row, tile.time[t]) + channel, lanes);
+        vf delta = load(at<T>(a.delta, tile.row, tile.time[t]) + channel, lanes) + bias;
+        if (a.softplus) delta = softplus(delta);
+        const vf input = delta * x;
+        const float *Bt = B + t * N, *Ct = C + t * N;
+        vf even = D * x, odd = {};
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) {
+            h[n] = exp(delta * A[n]) * h[n] + input * Bt[n];
+            if (n % 2)
+                odd += h[n] * Ct[n];
+            else
+                even += h[n] * Ct[n];
+        }
+        vf s = even + odd;
+        if (a.z.data) {
+            const vf z = load(at<T>(a.z, tile.row, tile.time[t]) + channel, lanes);
+            s *= z * sigmoid(z);
+        }
+        store(y, s, lanes);
+    }
+    if (STATE)
+        for (int n = 0; n < N; n++) state_vectors[n] = h[n];
+}
+
+// Cuts scratch into aligned arrays.
+struct Arena {
+    char* next;
+    template <class V>
+    V* take(int64_t count) {
+        char* p = (char*)(((uintptr_t)next + 63) & ~(uintptr_t)63);
+        next = p + count * sizeof(V);
+        return (V*)p;
+    }
+};
+
+constexpr int BLOCKS = CHANNELS / LANES;
+
+template <class T, int STATE>
+void forward(const ScanArgs& a, int64_t unit, int64_t first_channel, void* scratch) {
+    const int64_t N = a.state;
+    Arena arena{(char*)scratch};
+    vf *A = arena.take<vf>(BLOCKS * N), *h = arena.take<vf>(BLOCKS * N);
+    float *B = arena.take<float>(TILE * N), *C = arena.take<float>(TILE * N);
+    const int channels = a.inner - first_channel < CHANNELS ? (int)(a.inner - first_channel) : CHANNELS;
+    const Unit u = unit_of(a, unit);
+    for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+        const int lanes = channels - c < LANES ? channels - c : LANES;
+        transpose_in(a.A + (first_channel + c) * N, N, lanes, A + b * N);
+        for (int64_t n = 0; n < N; n++) h[b * N + n] = vf{};
+        if (a.initial) transpose_in(a.initial + (unit * a.inner + first_channel + c) * N, N, lanes, h + b * N);
+    }
+    for (int64_t first = 0; first < u.length; first += TILE) {
+        const Tile tile(a, u, first);
+        gather_tile<T>(tile, a.B, N, B);
+        gather_tile<T>(tile, a.C, N, C);
+        for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+            const int lanes = channels - c < LANES ? channels - c : LANES;
+            if (a.keep) {
+                float* kept = a.kept + (a.kept_row[unit] + first / TILE) * a.inner * N + (first_channel + c) * N;
+                transpose_out(h + b * N, N, lanes, kept);
+            }
+            forward_block<T, STATE>(a, tile, first_channel + c, lanes, A + b * N, B, C, h + b * N);
+        }
+    }
+    for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+        const int lanes = channels - c < LANES ? channels - c : LANES;
+        transpose_out(h + b * N, N, lanes, a.final_state + (unit * a.inner + first_channel + c) * N);
+    }
+}
+
+// What the backward keeps of a tile while it works on one block of channels.
+struct BlockScratch {
+    vf *states, *decays;  // (TILE + 1, N) states, the first one before the tile; (TILE, N)
+    vf *x, *delta, *slope, *ds;  // (TILE)
+    vf *dB, *dC;                 // (TILE, N), summed over the blocks of the task
+};
+
+template <class T, int STATE>
+void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int lanes, const vf* A, const float* B,
+                    const float* C, const BlockScratch& w, vf* dh_vectors, vf* dA_vectors, vf* dD, vf* dbias) {
+    const int64_t N = STATE ? STATE : a.state;
+    const vf D = a.D ? load(a.D + channel, lanes) : vf{};
+    const vf bias = a.bias ? load(a.bias + channel, lanes) : vf{};
+
+    for (int t = 0; t < tile.steps; t++) {
+        vf *before = w.states + t * N, *after = before + N, *decay = w.decays + t * N;
+        if (!tile.real[t]) {
+            for (int n = 0; n < N; n++) after[n] = before[n];
+            continue;
+        }
+        const int64_t time = tile.time[t];
+        const vf x = load(at<T>(a.x, tile.row, time) + channel, lanes);
+        vf delta = load(at<T>(a.delta, tile.row, time) + channel, lanes) + bias;
+        vf slope = splat(1.0f);
+        if (a.softplus) {
+            slope = sigmoid(delta);
+            delta = softplus(delta);
+        }
+        const vf input = delta * x;
+        const float *Bt = B + t * N, *Ct = C + t * N;
+        vf s = D * x;
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) {
+            decay[n] = exp(delta * A[n]);
+            after[n] = decay[n] * before[n] + input * Bt[n];
+            s += after[n] * Ct[n];
+        }
+        vf ds = load(at<T>(a.dy, tile.row, time) + channel, lanes);
+        if (a.z.data) {
+            const vf z = load(at<T>(a.z, tile.row, time) + channel, lanes), g = sigmoid(z);
+            store(at<T>(a.dz, tile.row, time) + channel, ds * s * (g + z * g * (1.0f - g)), lanes);
+            ds *= z * g;
+        }
+        w.x[t] = x;
+        w.delta[t] = delta;
+        w.slope[t] = slope;
+        w.ds[t] = ds;
+    }
+
+    vf dh_registers[STATE ? STATE : 1];
+    vf* dh = STATE ? dh_registers : dh_vectors;
+    if (STATE)
+        for (int n = 0; n < N; n++) dh[n] = dh_vectors[n];
+    vf dD_tile = {}, dbias_tile = {};
+    for (int t = tile.steps - 1; t >= 0; t--) {
+        const int64_t time = tile.time[t];
+        if (!tile.real[t]) {
+            store(at<T>(a.dx, tile.row, time) + channel, vf{}, lanes);
+            store(at<T>(a.ddelta, tile.row, time) + channel, vf{}, lanes);
+            if (a.z.data) store(at<T>(a.dz, tile.row, time) + channel, vf{}, lanes);
+            continue;
+        }
+        const vf *before = w.states + t * N, *after = before + N, *decay = w.decays + t * N;
+        const vf x = w.x[t], delta = w.delta[t], ds = w.ds[t], input = delta * x;
+        const float *Bt = B + t * N, *Ct = C + t * N;
+        vf *dB = w.dB + t * N, *dC = w.dC + t * N;
+        vf dinput = {}, ddelta = {};
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) {
+            const vf g = dh[n] + ds * Ct[n];
+            dC[n] += ds * after[n];
+            dB[n] += g * input;
+            dinput += g * Bt[n];
+            const vf carried = g * decay[n], dexponent = carried * before[n];
+            ddelta += dexponent * A[n];
+            dA_vectors[n] += dexponent * delta;
+            dh[n] = carried;
+        }
+        ddelta = (ddelta + dinput * x) * w.slope[t];
+        dD_tile += ds * x;
+        dbias_tile += ddelta;
+        store(at<T>(a.dx, tile.row, time) + channel, dinput * delta + ds * D, lanes);
+        store(at<T>(a.ddelta, tile.row, time) + channel, ddelta, lanes);
+    }
+    *dD += dD_tile;
+    *dbias += dbias_tile;
+    if (STATE)
+        for (int n = 0; n < N; n++) dh_vectors[n] = dh[n];
+}
+
+template <class T, int STATE>
+void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scratch) {
+    const int64_t N = a.state, first_unit = group * a.units_per_group;
+    const int64_t last_unit = first_unit + a.units_per_group < a.units ? first_unit + a.units_per_group : a.units;
+    const int channels = a.inner - first_channel < CHANNELS ? (int)(a.inner - first_channel) : CHANNELS;
+    Arena arena{(char*)scratch};
+    vf *A = arena.take<vf>(BLOCKS * N), *dh = arena.take<vf>(BLOCKS * N), *dA = arena.take<vf>(BLOCKS * N);
+    vf *dD = arena.take<vf>(BLOCKS), *dbias = arena.take<vf>(BLOCKS);
+    float *B = arena.take<float>(TILE * N), *C = arena.take<float>(TILE * N);
+    BlockScratch w;
+    w.states = arena.take<vf>((TILE + 1) * N);
+    w.decays = arena.take<vf>(TILE * N);
+    w.x = arena.take<vf>(TILE);
+    w.delta = arena.take<vf>(TILE);
+    w.slope = arena.take<vf>(TILE);
+    w.ds = arena.take<vf>(TILE);
+    w.dB = arena.take<vf>(TILE * N);
+    w.dC = arena.take<vf>(TILE * N);
+    for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+        transpose_in(a.A + (first_channel + c) * N, N, channels - c < LANES ? channels - c : LANES, A + b * N);
+        for (int64_t n = 0; n < N; n++) dA[b * N + n] = vf{};
+        dD[b] = dbias[b] = vf{};
+    }
+    float* dB_part = a.dB_part + first_channel / CHANNELS * a.batch * a.length * N;
+    float* dC_part = a.dC_part + first_channel / CHANNELS * a.batch * a.length * N;
+
+    for (int64_t unit = first_unit; unit < last_unit; unit++) {
+        const Unit u = unit_of(a, unit);
+        for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+            const int lanes = channels - c < LANES ? channels - c : LANES;
+            transpose_in(a.dfinal + (unit * a.inner + first_channel + c) * N, N, lanes, dh + b * N);
+        }
+        for (int64_t first = (u.length - 1) / TILE * TILE; u.length && first >= 0; first -= TILE) {
+            const Tile tile(a, u, first);
+            gather_tile<T>(tile, a.B, N, B);
+            gather_tile<T>(tile, a.C, N, C);
+            for (int64_t i = 0; i < tile.steps * N; i++) w.dB[i] = w.dC[i] = vf{};
+            for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+                const int lanes = channels - c < LANES ? channels - c : LANES;
+                const int64_t channel = first_channel + c;
+                transpose_in(a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + channel) * N, N, lanes, w.states);
+                backward_block<T, STATE>(a, tile, channel, lanes, A + b * N, B, C, w, dh + b * N, dA + b * N, dD + b,
+                                         dbias + b);
+            }
+            for (int t = 0; t < tile.steps; t++)
+                for (int64_t n = 0; n < N; n++) {
+                    const int64_t out = (tile.row * a.length + tile.time[t]) * N + n;
+                    dB_part[out] = tile.real[t] ? sum(w.dB[t * N + n]) : 0;
+                    dC_part[out] = tile.real[t] ? sum(w.dC[t * N + n]) : 0;
+                }
+        }
+        if (a.dinitial)
+            for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+                const int lanes = channels - c < LANES ? channels - c : LANES;
+                transpose_out(dh + b * N, N, lanes, a.dinitial + (unit * a.inner + first_channel + c) * N);
+            }
+    }
+    for (int c = 0, b = 0; c < channels; c += LANES, b++) {
+        const int lanes = channels - c < LANES ? channels - c : LANES;
+        const int64_t channel = group * a.inner + first_channel + c;
+        transpose_out(dA + b * N, N, lanes, a.dA_part + channel * N);
+        store(a.dD_part + channel, dD[b], lanes);
+        store(a.dbias_part + channel, dbias[b], lanes);
+    }
+}
+
+}  // namespace
+
+void scan_forward(const ScanArgs& a, int64_t unit, int64_t channel, void* scratch) {
+    const FlushDenormals flush;
+    if (a.bf16)
+        a.state == 16 ? forward<bf16, 16>(a, unit, channel, scratch) : forward<bf16, 0>(a, unit, channel, scratch);
+    else
+        a.state == 16 ? forward<float, 16>(a, unit, channel, scratch) : forward<float, 0>(a, unit, channel, scratch);
+}
+
+void scan_backward(const ScanArgs& a, int64_t group, int64_t channel, void* scratch) {
+    const FlushDenormals flush;
+    if (a.bf16)
+        a.state == 16 ? backward<bf16, 16>(a, group, channel, scratch) : backward<bf16, 0>(a, group, channel, scratch);
+    else
+        a.state == 16 ? backward<float, 16>(a, group, channel, scratch)
+                      : backward<float, 0>(a, group, channel, scratch);
+}
+
+void vector_function(int which, const float* in, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int lanes = n - i < LANES ? (int)(n - i) : LANES;
+        const vf v = load(in + i, lanes);
+        store(out + i, which == 0 ? exp(v) : which == 1 ? softplus(v) : sigmoid(v), lanes);
+    }
+}
+
+}  // namespace mabert::MABERT_ISA
