@@ -33,6 +33,8 @@ def mask_tokens(
     Of the selected tokens 80 % become the mask, 10 % one of ``replacements`` (ids, (n,)), 10 % stay. labels hold the
     ids of the selected tokens and −100 elsewhere; there may be none.
     """
+    # PAPER: 80/10/10 replacement
+    # CHOICE: every token is drawn by itself, as transformers' collator does, so rows differ in their number of labels
     draw = rng.random(ids.shape) / mlm_probability  # uniform on [0, 1) where it selects
     selected = maskable & (draw < 1)
     labels = np.where(selected, ids, IGNORED)

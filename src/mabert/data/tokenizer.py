@@ -42,6 +42,7 @@ def train_tokenizer(
     is smaller than ``vocab_size`` where the text holds no more pairs that occur ``min_frequency`` times.
     Raises TokenizerError without text, or where ``vocab_size`` does not even hold the text's characters.
     """
+    # CHOICE: BERT's uncased WordPiece, because the paper names no tokenizer
     words = _count_words(documents, lowercase)
     if not words:
         raise TokenizerError("no text to train the tokenizer on: the corpus is empty")
