@@ -59,7 +59,8 @@ class SplitResult:
 
     rows: int
     subset: str
-    """"(subset, n rows)" where it is not the whole official split: such scores do not compare with published ones."""
+    """"(subset, n rows)" where it is not the whole official split: such scores do not compare with published ones.
+    "(held out of train, n rows)" where no dev set was given."""
     truncated: int
     """Rows that were cut to `max_length` tokens."""
     metrics: dict[str, float]

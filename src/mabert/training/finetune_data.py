@@ -25,7 +25,8 @@ class Split:
     labels: np.ndarray
     """(n,) int64 classes, or float32 numbers."""
     subset: str
-    """"(subset, n rows)" where it is not the whole official split, else empty."""
+    """What there is to know when scores are compared: "(subset, n rows)" where it is not the whole official split,
+    "(held out of train, n rows)" where there was no dev set; else empty."""
     truncated: int
     """Rows that were cut to the longest sequence."""
 
@@ -79,7 +80,11 @@ def load_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, max_le
             except ValueError as error:
                 raise TableError(f"{table.path} ({name}, {len(table)} rows) cannot be scored: {error}") from error
         features, truncated = tokenize(tokenizer, table.texts, table.pairs, max_length=max_length, truncate=True)
-        subset = subset_label(config.task, name, len(table)) if config.task and name != "selection" else ""
+        subset = ""
+        if config.task and name != "selection":
+            subset = subset_label(config.task, name, len(table))
+        elif name == "dev" and config.dev is None:
+            subset = f"(held out of train, {len(table)} rows)"
         return Split(features, labels, subset, truncated)
 
     return FinetuneData(
