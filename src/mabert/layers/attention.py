@@ -64,7 +64,10 @@ class SelfAttention(nn.Module):
                 max_length_q=layout.max_length,
                 max_length_k=layout.max_length,
             )[0]
-        elif layout.num_sequences * layout.max_length <= MAX_GRID_OVERHEAD * layout.num_tokens:
+        elif (
+            torch.compiler.is_compiling()  # which of the two is cheaper depends on the data
+            or layout.num_sequences * layout.max_length <= MAX_GRID_OVERHEAD * layout.num_tokens
+        ):
             y = layout.from_grid(self._attend(layout.to_grid(qkv), layout.grid_mask()))
         else:
             parts = qkv.split(layout.lengths_S.tolist())

@@ -196,7 +196,7 @@ class MaBertModel(MaBertPreTrainedModel):
             cu_seq_lens=cu_seq_lens,
         )
         longest = self.config.max_position_embeddings
-        if layout.max_length > longest:
+        if not torch.compiler.is_compiling() and layout.max_length > longest:
             raise ValueError(
                 f"A sequence has {layout.max_length} tokens, but max_position_embeddings is {longest}. Truncate it, or "
                 f"call resize_position_embeddings({layout.max_length}) on the encoder."
@@ -307,8 +307,7 @@ class MaBertForMaskedLM(MaBertPreTrainedModel):
             labelled = (labels_T != IGNORED).nonzero().squeeze(1)
             targets = labels_T[labelled]
             _check_labels(targets, self.config.vocab_size)
-            if layout.mask_BL is not None and int((labels != IGNORED).sum()) != len(targets):
-                raise ValueError("labels hold tokens to predict at pads. Set them to -100 there.")
+            _check_no_label_at_pads(labels, len(targets), layout)
             if labelled_only or (labelled_only is None and self.training):
                 logits = self.head(x_TH[labelled])
                 at_labels = logits
@@ -412,6 +411,12 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels must lie in 0 to {classes - 1}, but they reach from {low} to {high}.")
+
+
+def _check_no_label_at_pads(labels: Tensor, at_tokens: int, layout: SequenceLayout) -> None:
+    if not torch.compiler.is_compiling() and layout.mask_BL is not None:
+        if int((labels != IGNORED).sum()) != at_tokens:
+            raise ValueError("labels hold tokens to predict at pads. Set them to -100 there.")
 
 
 def _check_packed_arguments(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k) -> None:

@@ -22,7 +22,7 @@ class SequenceLayout:
             position is real.
         cu_seqlens: (S+1,) int32, boundaries of the sequences among the real tokens; a row without real tokens is an
             empty sequence.
-        max_length: real tokens of the longest sequence.
+        max_length: real tokens of the longest sequence; while compiling, L.
         positions: int64, index of each token among its own sequence's real tokens; (T,) when packed, else (B, L), with
             0 at pads.
         grid_indices_T: int64, the flat position of each real token in an (S, max_length) grid, one row a sequence;
@@ -100,7 +100,11 @@ class SequenceLayout:
             assert mask_BL is not None
             cu_seqlens = torch.nn.functional.pad(mask_BL.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         lengths_S = cu_seqlens.diff().long()
-        max_length = int(lengths_S.max()) if lengths_S.numel() else 0
+        if torch.compiler.is_compiling():
+            torch._check(lengths_S.numel() > 0)
+            max_length = length  # a bound that does not depend on the data
+        else:
+            max_length = int(lengths_S.max()) if lengths_S.numel() else 0
         total = batch_size * length if token_indices_T is None else token_indices_T.numel()
         ids_T = torch.arange(lengths_S.numel(), device=device).repeat_interleave(lengths_S, output_size=total)
         offsets_T = torch.arange(total, device=device) - cu_seqlens[ids_T].long()
@@ -219,11 +223,10 @@ def _boundaries_from_seq_idx(seq_idx_BL: Tensor, token_indices_T: Tensor | None)
     flat = seq_idx_BL.reshape(-1).long()
     indices_T = torch.arange(flat.numel(), device=flat.device) if token_indices_T is None else token_indices_T
     ids_T, rows_T = flat[indices_T], indices_T // max(length, 1)
-    new_T = torch.ones_like(ids_T, dtype=torch.bool)
-    new_T[1:] = (ids_T.diff() != 0) | (rows_T.diff() != 0)
-    starts = new_T.nonzero().squeeze(1)
+    none = ids_T.new_full((1,), -1)
+    starts = ((ids_T.diff(prepend=none) != 0) | (rows_T.diff(prepend=none) != 0)).nonzero().squeeze(1)
     runs = torch.stack((rows_T[starts], ids_T[starts]), dim=1)
-    if len(runs.unique(dim=0)) != len(runs):
+    if not torch.compiler.is_compiling() and len(runs.unique(dim=0)) != len(runs):
         raise ValueError("seq_idx interleaves sequences: the tokens of one sequence must lie in one piece of its row.")
     total = torch.tensor([indices_T.numel()], device=flat.device)
     return torch.cat((starts, total)).to(torch.int32)
