@@ -414,9 +414,10 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 
 
 def _check_no_label_at_pads(labels: Tensor, at_tokens: int, layout: SequenceLayout) -> None:
-    if not torch.compiler.is_compiling() and layout.mask_BL is not None:
-        if int((labels != IGNORED).sum()) != at_tokens:
-            raise ValueError("labels hold tokens to predict at pads. Set them to -100 there.")
+    if torch.compiler.is_compiling() or layout.mask_BL is None:
+        return
+    if int((labels != IGNORED).sum()) != at_tokens:
+        raise ValueError("labels hold tokens to predict at pads. Set them to -100 there.")
 
 
 def _check_packed_arguments(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k) -> None:
