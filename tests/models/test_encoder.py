@@ -374,6 +374,7 @@ class TestTransformersCitizen:
             train_dataset=rows,
             data_collator=collate,
         )  # fmt: skip
+        assert trainer.model_accepts_loss_kwargs
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert losses[0] == pytest.approx(0.69, abs=0.15)

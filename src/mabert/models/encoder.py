@@ -32,6 +32,7 @@ class MaBertPreTrainedModel(PreTrainedModel):
     config: MaBertConfig
     base_model_prefix = "mabert"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the heads divide by num_items_in_batch: without this the Trainer would not give it
     _no_split_modules = ["Embeddings", "MambaLayer", "TransformerLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
