@@ -95,7 +95,7 @@ def publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: 
 def environment(args: TrainingArguments) -> dict[str, str]:
     """Hardware and versions that the numbers of a run come from."""
     return {
-        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else _processor_name(),
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else processor_name(),
         "processes": str(args.world_size),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
@@ -103,7 +103,7 @@ def environment(args: TrainingArguments) -> dict[str, str]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     description = Path("/proc/cpuinfo")  # Linux, where platform.processor() has little to say
     text = description.read_text(encoding="utf-8") if description.exists() else ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

@@ -1,0 +1,111 @@
+"""How the benchmarks measure: medians with spread, peak memory, what the machine can do, and what ran on what."""
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from mabert.ops import native
+from mabert.training.runs import processor_name
+
+MILLI = 1e3
+
+
+def timing(
+    run: Callable[[], object], *, seconds: float = 3.0, at_least: int = 5, at_most: int = 100
+) -> dict[str, float]:
+    """Milliseconds of `run` over as many repetitions as fit into `seconds`, after a tenth of them to warm up."""
+    run()
+    samples: list[float] = []
+    warm_until = time.perf_counter() + seconds / 10
+    while time.perf_counter() < warm_until:
+        run()
+    end = time.perf_counter() + seconds
+    while len(samples) < at_least or (time.perf_counter() < end and len(samples) < at_most):
+        start = time.perf_counter()
+        run()
+        samples.append((time.perf_counter() - start) * MILLI)
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return {
+        "median_ms": statistics.median(samples),
+        "lower_quartile_ms": quartiles[0],
+        "upper_quartile_ms": quartiles[2],
+        "repetitions": len(samples),
+    }
+
+
+def peak_extra_bytes(run: Callable[[], object]) -> int:
+    """Growth of the resident memory at its highest point while `run` runs (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def machine_rates() -> dict[str, float]:
+    """What this machine reaches: bytes copied, fused multiply-adds and exponentials a second, with torch's threads."""
+    source = torch.empty(64 * 2**20)
+    target = torch.empty_like(source)
+    copy = timing(lambda: target.copy_(source), seconds=1.0)
+    size = 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    product = timing(lambda: a @ b, seconds=2.0)
+    rates = {
+        "copy_bytes_per_s": 2 * source.numel() * 4 / copy["median_ms"] * MILLI,
+        "fma_per_s": size**3 / product["median_ms"] * MILLI,
+    }
+    if native.kernels is not None:
+        x = -torch.rand(4096)  # stays in the first-level cache
+        y = torch.empty_like(x)
+
+        def exponentials() -> None:
+            for _ in range(100):
+                native.kernels.vector_function(0, x.data_ptr(), y.data_ptr(), x.numel())
+
+        one_thread = timing(exponentials, seconds=0.5)
+        per_second = 100 * x.numel() / one_thread["median_ms"] * MILLI
+        rates["exp_per_s"] = per_second * torch.get_num_threads()
+    return rates
+
+
+def stamp() -> dict[str, object]:
+    """Hardware, versions and commit that a number comes from."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "benchmarks")),
+        "hardware": {
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": native.kernels.isa() if native.kernels else "none",
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("mabert", "torch", "transformers")},
+        },
+        "load_average_before": os.getloadavg()[0],
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
