@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import tiny_pretraining
 from transformers.utils import logging as transformers_logging
@@ -10,6 +12,7 @@ transformers_logging.disable_progress_bar()
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A folder with the text, the tokenizer and, once something has run, the shards of `tiny_pretraining.config`."""
+    gc.freeze()  # each Trainer collects garbage; all that was imported is not worth half a second a run
     folder = tmp_path_factory.mktemp("pretraining")
     tiny_pretraining.prepare(folder)
     return folder
