@@ -215,7 +215,7 @@ def finetune_rows(plan: "FinetunePlan") -> Iterator[tuple[str, str]]:
     """A fine-tuning run in numbers."""
     data, config = plan.data, plan.config
     yield "parameters", f"{plan.parameters:,}"
-    yield "labels", ", ".join(data.label_names) if data.label_names else "numbers"
+    yield "labels", "numbers" if data.regression else ", ".join(data.label_names)
     for name, split in {"train": data.train, **data.evaluation}.items():
         cut = f", {split.truncated:,} cut to {config.max_length} tokens" if split.truncated else ""
         yield name, f"{len(split):,} rows{cut} {split.subset}".rstrip()
@@ -229,9 +229,7 @@ def finetune_rows(plan: "FinetunePlan") -> Iterator[tuple[str, str]]:
 def score_rows(result: "FinetuneResult") -> Iterator[tuple[str, str]]:
     """The scores on each set, beside the majority class."""
     for name, split in result.splits.items():
-        scores = ", ".join(f"{metric} {value:.4f}" for metric, value in split.metrics.items())
-        baseline = "" if split.majority_accuracy is None else f" (majority class {split.majority_accuracy:.4f})"
-        yield f"{name} {split.subset}".rstrip(), f"{scores}{baseline}"
+        yield f"{name} {split.subset}".rstrip(), str(split)
     yield "steps", f"{result.steps:,} in {duration(result.seconds)}"
 
 

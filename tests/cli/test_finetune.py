@@ -61,9 +61,9 @@ def test_it_finetunes_on_a_table(model: Path, table: Path, tmp_path: Path) -> No
     words = ["table", f"train={table}", f"model={model}", f"output={tmp_path / 'run'}", *QUICK]
     result = run(*words, "text_column=words", "label_column=verdict", "dev_fraction=0.25")
     assert result.exit_code == 0, result.output
-    assert re.search(
-        r"dev accuracy [01]\.\d{4}, mcc -?[01]\.\d{4} \(majority class [01]\.\d{4}\)", plain(result.stdout)
-    )
+    number = r"-?[01]\.\d{4}"
+    scores = rf"accuracy {number}, mcc {number} \(majority class {number}, {number}\)"
+    assert re.search(rf"dev \(held out of train, 10 rows\) {scores}", plain(result.stdout))
     tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     assert tuned.config.id2label == {0: "no", 1: "yes"}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def test_it_finetunes_on_a_table(model: Path, table: Path, tmp_path: Path) -> No
 def test_it_finetunes_on_a_glue_task(model: Path, glue: Path, tmp_path: Path) -> None:
     result = run("glue", "task=rte", f"glue={glue}", f"model={model}", f"output={tmp_path / 'run'}", *QUICK)
     assert result.exit_code == 0, result.output
-    assert "dev (subset, 12 rows) accuracy" in plain(result.stdout)
+    assert "dev (subset, 12 rows; train subset, 24 rows) accuracy" in plain(result.stdout)
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(model: Path, glue: Path, tmp_path: Path) -> None:

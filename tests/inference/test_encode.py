@@ -8,6 +8,7 @@ import torch
 from tiny_models import sentence, tiny_tokenizer, write_bert, write_classifier, write_mabert
 from transformers import AutoModel
 
+from mabert.inference import batches
 from mabert.inference import encode as encode_module
 from mabert.inference.batches import length_batches
 from mabert.inference.encode import encode, encode_file
@@ -180,22 +181,26 @@ def test_damaged_weights_raise(tmp_path):
         encode(["the cat"], folder)
 
 
-def test_progress_goes_to_the_error_stream(folder, texts, capsys):
-    encode(texts, folder)
-    assert capsys.readouterr() == ("", "")
+def test_progress_goes_to_the_error_stream(folder, texts, capsys, monkeypatch):
     encode(texts, folder, progress=True)
+    assert capsys.readouterr() == ("", "")  # it was done within half a minute
+    monkeypatch.setattr(batches, "SECONDS_BETWEEN_LINES", 0)
+    encode(texts, folder, batch_tokens=1)
+    assert capsys.readouterr() == ("", "")
+    encode(texts, folder, batch_tokens=1, progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "encoding" in captured.err
-    assert "12/12" in captured.err
+    lines = captured.err.splitlines()
+    assert len(lines) == 12
+    assert lines[4] == "encoding: 5 of 12, 0:00:00 left"
 
 
 def test_batches_hold_similar_lengths_within_the_budget():
     lengths = [3, 40, 5, 5, 4, 12, 3]
-    batches = list(length_batches(lengths, 16))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [1]
-    for batch in batches[1:]:
+    found = list(length_batches(lengths, 16))
+    assert sorted(index for batch in found for index in batch) == list(range(7))
+    assert found[0] == [1]
+    for batch in found[1:]:
         assert len(batch) * max(lengths[index] for index in batch) <= 16
-    assert [max(lengths[index] for index in batch) for batch in batches] == [40, 12, 5, 3]
+    assert [max(lengths[index] for index in batch) for batch in found] == [40, 12, 5, 3]
     assert list(length_batches(lengths, 1)) == [[1], [5], [2], [3], [4], [0], [6]]

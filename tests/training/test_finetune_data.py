@@ -94,7 +94,7 @@ def test_glue_tasks_say_that_they_are_subsets(tmp_path):
     data = load(tmp_path, task="MNLI", glue=glue)
     assert data.label_names == ("entailment", "neutral", "contradiction")
     assert list(data.evaluation) == ["dev_matched", "dev_mismatched"]
-    assert [split.subset for split in data.evaluation.values()] == ["(subset, 24 rows)"] * 2
+    assert [split.subset for split in data.evaluation.values()] == ["(subset, 24 rows; train subset, 24 rows)"] * 2
     assert data.train.subset == "(subset, 24 rows)"
     assert list(data.train.labels[:4]) == [1, 0, 2, 1]
 

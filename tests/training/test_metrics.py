@@ -36,9 +36,11 @@ def test_regression_metrics():
 
 
 def test_majority_class_is_that_of_train():
-    assert majority_baseline(np.array([1, 1, 0]), np.array([0, 0, 0, 1])) == 0.25
-    with pytest.raises(ValueError, match="needs labels"):
-        majority_baseline(np.array([], dtype=int), GOLD)
+    scores = majority_baseline(["accuracy", "f1", "mcc"], np.array([1, 1, 0]), np.array([0, 0, 0, 1]))
+    assert scores == pytest.approx({"accuracy": 0.25, "f1": 0.4, "mcc": 0.0})
+    assert majority_baseline(["accuracy"], np.array([0, 0, 1]), np.array([0, 0, 0, 1])) == {"accuracy": 0.75}
+    with pytest.raises(ValueError, match="train has no labels"):
+        majority_baseline(["accuracy"], np.array([], dtype=int), GOLD)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -2,14 +2,16 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,6 +24,8 @@ from mabert.inference.loading import (
 )
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30
 
 Features = dict[str, list[int]]
 """Token ids of one text or pair, and what else the model takes beside them."""
@@ -134,7 +138,7 @@ class RunOptions(TypedDict, total=False):
     bf16: bool
     """Autocast to bfloat16."""
     progress: bool
-    """Show a bar with the time left."""
+    """Show progress and the time left on the error stream."""
 
 
 class Runner:
@@ -158,7 +162,8 @@ class Runner:
         self.max_length = longest_sequence(config, self.tokenizer, max_length)
         self.model = load_model(auto_class, folder, config)
         self.model.to(default_device())  # type: ignore[arg-type]
-        self.truncate, self.batch_tokens, self.bf16, self.progress = truncate, batch_tokens, bf16, progress
+        self.truncate, self.batch_tokens, self.bf16 = truncate, batch_tokens, bf16
+        self.console = Console(stderr=True) if progress else None
 
     def tokenize(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, name: str = "text", first: int = 1
@@ -192,12 +197,26 @@ class Runner:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """Give a function that moves a bar on the error stream, with the time left, by a number of texts."""
-    if not show:
-        yield lambda _: None
+def progress_bar(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
+    """Give a function that reports a number of finished texts: as a bar with the time left on a terminal, elsewhere as
+    a line every half minute; without a console not at all."""
+    if console is None:
+        yield lambda count: None
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
+        began = reported = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, reported
+            done += count
+            progress.update(task, completed=done)
+            now = time.monotonic()
+            if progress.disable and now - reported >= SECONDS_BETWEEN_LINES:
+                reported = now
+                left = timedelta(seconds=round((now - began) / done * (total - done)))
+                console.print(f"{what}: {done:,} of {total:,}, {left} left", soft_wrap=True, highlight=False)
+
+        yield advance

@@ -105,7 +105,7 @@ class _Encoder:
             cut += self.runner.tokenize(window, name=name, first=start + 1)[1]
             total += len(window)
         self.runner.say_cut(cut, total)
-        with progress_bar("encoding", total, show=self.runner.progress) as advance:
+        with progress_bar("encoding", total, self.runner.console) as advance:
             for _, window in _windows(texts()):
                 features, _ = self.runner.tokenize(window)
                 yield self.runner.run(features, self._vectors, advance)

@@ -83,7 +83,7 @@ def _predict(
     runner = Runner(AutoModelForSequenceClassification, model_folder, **options)
     features, cut = runner.tokenize(texts, pairs, name=name)
     runner.say_cut(cut, len(texts))
-    with progress_bar("predicting", len(texts), show=runner.progress) as advance:
+    with progress_bar("predicting", len(texts), runner.console) as advance:
         logits = runner.run(features, lambda inputs: runner.model(**inputs).logits, advance)
     return predictions_of(logits, [label for _, label in sorted((runner.model.config.id2label or {}).items())])
 

@@ -59,14 +59,18 @@ class SplitResult:
 
     rows: int
     subset: str
-    """"(subset, n rows)" where it is not the whole official split: such scores do not compare with published ones.
-    "(held out of train, n rows)" where no dev set was given."""
+    """What to show beside the scores, see `Split.subset`."""
     truncated: int
     """Rows that were cut to `max_length` tokens."""
     metrics: dict[str, float]
     """The main one first."""
-    majority_accuracy: float | None
-    """Accuracy of always answering the most frequent class of train; None for regression."""
+    majority: dict[str, float]
+    """The metrics of always answering the most frequent class of train; empty for regression."""
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        baseline = ", ".join(f"{value:.4f}" for value in self.majority.values())
+        return f"{scores} (majority class {baseline})" if baseline else scores
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,11 @@ class FinetuneResult:
     """Every choice of the run."""
 
     def summary(self) -> list[str]:
-        """A line for each set, fit to be shown: with what a score has to be held against."""
-        trained = f", trained on a subset of {self.train_rows} rows" if self.train_subset else ""
-        lines = []
-        for name, split in self.splits.items():
-            where = " ".join(filter(None, (self.config["task"], name, split.subset)))
-            baseline = "" if split.majority_accuracy is None else f" (majority class {split.majority_accuracy:.4f})"
-            lines.append(f"{where}{trained}: {_written(split.metrics)}{baseline}")
-        return lines
+        """A line for each set."""
+        return [
+            f"{' '.join(filter(None, (self.config['task'], name, split.subset)))}: {split}"
+            for name, split in self.splits.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
 
     splits = {}
     for name, split in data.evaluation.items():
-        logits = _logits(model, planned.tokenizer, split, f"evaluating {name}", show=console.is_terminal)
+        logits = _logits(model, planned.tokenizer, split, name, console)
         splits[name] = _score(split, logits, data)
         _write_predictions(config.output / f"predictions-{name}.tsv", split, logits, data)
     publish(model, planned.tokenizer, config.output)
@@ -333,9 +334,10 @@ class _BestEpoch(TrainerCallback):
             return
         data = self.plan.data
         assert data.selection is not None
-        scores = _score(data.selection, _logits(model, self.plan.tokenizer, data.selection), data).metrics
+        result = _score(data.selection, _logits(model, self.plan.tokenizer, data.selection, "selection", None), data)
+        scores = result.metrics
         self.log.append({"step": state.global_step, "epoch": epoch, **scores})
-        self.progress.note(f"epoch {epoch}, {len(data.selection)} rows held out of train: {_written(scores)}")
+        self.progress.note(f"epoch {epoch}, {len(data.selection)} rows held out of train: {result}")
         main = data.metrics[0]
         # The score is kept with the weights, so that a run that is killed between the two files never mixes them up.
         if not self.folder.exists() or scores[main] > self._kept()[main]:
@@ -404,9 +406,9 @@ def _load_classifier(planned: FinetunePlan) -> PreTrainedModel:
 
 
 def _logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: Split, what: str = "", *, show: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: Split, name: str, console: Console | None
 ) -> np.ndarray:
-    with progress_bar(what, len(split), show=show) as advance:
+    with progress_bar(f"evaluating {name}", len(split), console) as advance:
         return map_batches(
             model,
             tokenizer,
@@ -424,7 +426,7 @@ def _score(split: Split, logits: np.ndarray, data: FinetuneData) -> SplitResult:
         subset=split.subset,
         truncated=split.truncated,
         metrics=compute_metrics(data.metrics, split.labels, predicted),
-        majority_accuracy=None if data.regression else majority_baseline(data.train.labels, split.labels),
+        majority={} if data.regression else majority_baseline(data.metrics, data.train.labels, split.labels),
     )
 
 
@@ -464,7 +466,3 @@ def _write_result(
     with atomic_write(config.output / METRICS, "w") as file:
         json.dump(result, file, indent=2)
         file.write("\n")
-
-
-def _written(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -25,8 +25,9 @@ class Split:
     labels: np.ndarray
     """(n,) int64 classes, or float32 numbers."""
     subset: str
-    """What there is to know when scores are compared: "(subset, n rows)" where it is not the whole official split,
-    "(held out of train, n rows)" where there was no dev set; else empty."""
+    """What has to stand beside its scores, which do not compare with published ones then: "(subset, n rows)" if it is
+    not the whole official split, "(train subset, n rows)" if train was not, "(held out of train, n rows)" if no dev set
+    was given; else empty."""
     truncated: int
     """Rows that were cut to the longest sequence."""
 
@@ -80,12 +81,7 @@ def load_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, max_le
             except ValueError as error:
                 raise TableError(f"{table.path} ({name}, {len(table)} rows) cannot be scored: {error}") from error
         features, truncated = tokenize(tokenizer, table.texts, table.pairs, max_length=max_length, truncate=True)
-        subset = ""
-        if config.task and name != "selection":
-            subset = subset_label(config.task, name, len(table))
-        elif name == "dev" and config.dev is None:
-            subset = f"(held out of train, {len(table)} rows)"
-        return Split(features, labels, subset, truncated)
+        return Split(features, labels, _subset(config, name, len(table), len(train)), truncated)
 
     return FinetuneData(
         train=split("train", train),
@@ -95,6 +91,17 @@ def load_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, max_le
         regression=config.regression,
         metrics=metrics,
     )
+
+
+def _subset(config: FinetuneConfig, name: str, rows: int, train_rows: int) -> str:
+    if config.task is None:
+        return f"(held out of train, {rows} rows)" if name == "dev" and config.dev is None else ""
+    if name == "selection":
+        return ""
+    notes = [subset_label(config.task, name, rows)]
+    if name != "train":
+        notes.append(subset_label(config.task, "train", train_rows).replace("(subset", "(train subset"))
+    return "; ".join(filter(None, notes)).replace("); (", "; ")
 
 
 def _read_task(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ...]]:

@@ -74,11 +74,11 @@ def compute_metrics(names: Sequence[str], gold: np.ndarray, predicted: np.ndarra
     return {name: METRICS[name](gold, predicted) for name in names}
 
 
-def majority_baseline(train_labels: np.ndarray, gold: np.ndarray) -> float:
-    """Accuracy on `gold` of always answering the most frequent class of `train_labels` (the lower one of a tie)."""
-    if not len(train_labels) or not len(gold):
-        raise ValueError("the majority class needs labels of train and of the set that is scored.")
-    return float(np.mean(gold == np.bincount(train_labels).argmax()))
+def majority_baseline(names: Sequence[str], train_labels: np.ndarray, gold: np.ndarray) -> dict[str, float]:
+    """Each named metric of always answering the most frequent class of `train_labels` (the lower one of a tie)."""
+    if not len(train_labels):
+        raise ValueError("there is no majority class: train has no labels.")
+    return compute_metrics(names, gold, np.full_like(gold, np.bincount(train_labels).argmax()))
 
 
 def _require_spread(name: str, gold: np.ndarray, predicted: np.ndarray) -> None:
