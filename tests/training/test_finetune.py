@@ -16,7 +16,7 @@ from mabert.inference.loading import ModelFolderError
 from mabert.inference.predict import predict
 from mabert.training import finetune as door
 from mabert.training.callbacks import TrainingInterruptedError
-from mabert.training.finetune import FinetuneTrainer, finetune, plan_finetune, read_result
+from mabert.training.finetune import FinetuneTrainer, estimate_finetune, finetune, plan_finetune, read_result
 
 
 @pytest.fixture(scope="module")
@@ -421,3 +421,16 @@ def test_the_plan_counts_without_training(prepared, tmp_path):
     model = AutoModelForSequenceClassification.from_config(planned.model)
     assert planned.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_counts_the_longest_rows_and_every_step(prepared, tmp_path):
+    def measured(**changes):
+        return estimate_finetune(plan_finetune(tiny_finetuning.config(prepared, tmp_path, **changes)))
+
+    estimate = measured()
+    typical, _longest = estimate.step_seconds
+    assert estimate.seconds == pytest.approx(3 * typical)
+    parameters = plan_finetune(tiny_finetuning.config(prepared, tmp_path)).parameters
+    assert (estimate.weights, estimate.optimizer) == (4 * parameters, 8 * parameters)
+    assert measured(micro_batch_size=8).activations < 0.6 * estimate.activations
+    assert measured(max_length=8).activations < 0.8 * estimate.activations

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -33,18 +32,19 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from mabert.files import atomic_folder, atomic_write, remove_leftovers
 from mabert.inference.batches import map_batches, progress_bar
-from mabert.inference.loading import load_config, load_matching_tokenizer, load_model, longest_sequence
+from mabert.inference.loading import load_config, load_model
 from mabert.inference.predict import predictions_of
-from mabert.training.batches import StagedBatchSampler, WorldLayout, train_loader
+from mabert.training.batches import train_loader
 from mabert.training.callbacks import JsonLines, TrainingProgress, read_lines, without_progress_bars
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint, list_checkpoints
 from mabert.training.finetune_config import CONFIG_FILE, FinetuneConfig
-from mabert.training.finetune_data import FinetuneData, Split, load_data
+from mabert.training.finetune_data import FinetuneData, Split
+from mabert.training.finetune_plan import FinetunePlan, estimate_finetune, plan_finetune
 from mabert.training.metrics import compute_metrics, majority_baseline
-from mabert.training.optim import Schedule, adamw, plan_schedule
+from mabert.training.optim import adamw
 from mabert.training.runs import RunTrainer, environment, publish
 
-__all__ = ["FinetuneConfig", "FinetunePlan", "FinetuneResult", "finetune", "plan_finetune"]
+__all__ = ["FinetuneConfig", "FinetunePlan", "FinetuneResult", "estimate_finetune", "finetune", "plan_finetune"]
 
 STEP_LOG, SELECTION_LOG, METRICS = "log.jsonl", "selection.jsonl", "metrics.json"
 BEST, SCORES = "best", "scores.json"
@@ -101,72 +101,6 @@ class FinetuneResult:
             f"{' '.join(filter(None, (self.config['task'], name, split.subset)))}: {split}"
             for name, split in self.splits.items()
         ]
-
-
-@dataclass(frozen=True)
-class FinetunePlan:
-    """A run worked out before it begins; what `mabert finetune --dry-run` shows."""
-
-    config: FinetuneConfig
-    model: PreTrainedConfig
-    """The model's config, with the task's labels and the settings that the run replaces."""
-    parameters: int
-    tokenizer: PreTrainedTokenizerFast
-    data: FinetuneData
-    schedule: Schedule
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the run trains on."""
-        return self.tokens_from(0)
-
-    def tokens_from(self, step: int) -> int:
-        """Tokens that are left after `step` steps."""
-        return sum(map(self.tokens_of, range(step, self.schedule.steps)))
-
-    def tokens_of(self, step: int) -> int:
-        """Tokens in the batch of a step."""
-        return sum(
-            len(self.data.train[key]["input_ids"]) for keys in self.sampler().micro_batches(step) for key in keys
-        )
-
-    def sampler(self, first_step: int = 0) -> StagedBatchSampler:
-        """The micro-batches from a step on; the batch in which an epoch ends is filled from the next one."""
-        layout = WorldLayout(self.config.batch_size, self.config.forward_size)
-        rows = [len(self.data.train)]
-        return StagedBatchSampler(self.schedule, rows, layout, seed=self.config.seed, first_step=first_step)
-
-    def epoch_at(self, step: int) -> int:
-        """The epoch, from 0, in which the batch of a step begins."""
-        return step * self.config.batch_size // len(self.data.train)
-
-
-def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
-    """Work out what `finetune(config)` will do: read and tokenise the data, and check all choices against each other.
-
-    Raises:
-        ValueError: the model folder or a file cannot be used, or the choices do not fit them.
-    """
-    model = load_config(config.model, **dict(config.overrides))
-    tokenizer = load_matching_tokenizer(config.model, model)
-    data = load_data(config, tokenizer, longest_sequence(model, tokenizer, config.max_length))
-    model.id2label = dict(enumerate(data.label_names))
-    model.label2id = {label: index for index, label in model.id2label.items()}
-    model.problem_type = "regression" if config.regression else "single_label_classification"
-    with torch.device("meta"):
-        parameters = AutoModelForSequenceClassification.from_config(model).num_parameters()
-    return FinetunePlan(
-        config=config,
-        model=model,
-        parameters=parameters,
-        tokenizer=tokenizer,
-        data=data,
-        schedule=plan_schedule(
-            math.ceil(config.epochs * len(data.train) / config.batch_size),
-            stage_fractions=(1.0,),
-            warmup_fraction=config.warmup_fraction,
-        ),
-    )
 
 
 def finetune(config: FinetuneConfig, *, console: Console | None = None) -> FinetuneResult:

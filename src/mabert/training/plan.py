@@ -1,15 +1,11 @@
 """What a pretraining run will do, cost and need, worked out before it begins."""
 
 import os
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mabert.config import MaBertConfig
@@ -18,7 +14,8 @@ from mabert.data.shards import Progress, Shards, prepare_shards
 from mabert.data.tokenizer import load_tokenizer
 from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import WorldLayout
-from mabert.training.optim import Schedule, adamw, plan_schedule
+from mabert.training.estimate import Estimate, measure
+from mabert.training.optim import Schedule, plan_schedule
 from mabert.training.pretrain_config import PretrainConfig, check_trainable
 
 # CHOICE: the split does not depend on the run's seed, so that runs with other seeds are measured on the same documents
@@ -159,90 +156,19 @@ def _is_tokenised(config: PretrainConfig) -> bool:
     return all((_shards_folder(config) / name).exists() for name in ("train", *(["valid"] if config.valid else [])))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Time and memory of a run on this machine, extrapolated from one micro-batch of each length."""
-
-    seconds: float
-    """Of the whole run, without evaluations, checkpoints and waiting for other processes."""
-    step_seconds: tuple[float, ...]
-    """Of one optimizer step of each stage."""
-    weights: int
-    gradients: int
-    optimizer: int
-    """Bytes of Adam's two moments."""
-    activations: int
-    """Bytes that one micro-batch saves for the backward pass, at the stage where it saves the most."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes of all of these, in each process."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
 def estimate(plan: PretrainPlan) -> Estimate:
     """Measure one forward and backward pass of each stage's micro-batch, and one optimizer step, on random tokens."""
-    config = plan.config
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model: nn.Module = MaBertForMaskedLM(plan.model)
-    model.to(device).train()
-    optimizer = adamw(model, learning_rate=0.0)
-    micro_seconds, saved = [], []
-    for length in config.stage_lengths:
-        batch = _random_batch(plan, length, device)
-
-        def forward_backward(batch: dict[str, Tensor] = batch) -> None:
-            autocast = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
-            with autocast:
-                loss = model(**batch).loss
-            loss.backward()
-
-        saved.append(_saved_bytes(model, forward_backward))  # the warm-up as well
-        micro_seconds.append(_seconds(forward_backward, device))
-    optimizer.step()  # the first step makes the moments
-    optimizer_seconds = _seconds(optimizer.step, device)
-    step_seconds = tuple(plan.layout.accumulation * seconds + optimizer_seconds for seconds in micro_seconds)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return Estimate(
-        seconds=sum(steps * seconds for steps, seconds in zip(plan.schedule.stage_steps, step_seconds, strict=True)),
-        step_seconds=step_seconds,
-        weights=weights,
-        gradients=weights,
-        optimizer=2 * weights,
-        activations=max(saved),
+    return measure(
+        MaBertForMaskedLM(plan.model),
+        [_random_batch(plan, length) for length in plan.config.stage_lengths],
+        steps=plan.schedule.stage_steps,
+        accumulation=plan.layout.accumulation,
+        bf16=plan.config.bf16,
     )
 
 
-def _random_batch(plan: PretrainPlan, length: int, device: torch.device) -> dict[str, Tensor]:
+def _random_batch(plan: PretrainPlan, length: int) -> dict[str, Tensor]:
     shape = (plan.config.micro_batch_size, length)
-    ids = torch.randint(plan.model.vocab_size, shape, device=device)
-    is_masked = torch.rand(shape, device=device) < plan.config.mlm_probability
+    ids = torch.randint(plan.model.vocab_size, shape)
+    is_masked = torch.rand(shape) < plan.config.mlm_probability
     return {"input_ids": ids, "seq_idx": torch.zeros_like(ids), "labels": ids.where(is_masked, -100)}
-
-
-def _saved_bytes(model: nn.Module, run: Callable[[], None]) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, the parameters' own not at all."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(sizes.values())
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - began

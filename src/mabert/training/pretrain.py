@@ -39,9 +39,10 @@ from mabert.training.checkpoints import (
     latest_complete_checkpoint,
     list_checkpoints,
 )
+from mabert.training.estimate import Estimate
 from mabert.training.held_out import HeldOut, evaluate_held_out
 from mabert.training.optim import adamw
-from mabert.training.plan import Estimate, PretrainPlan, estimate, plan, prepare_rows
+from mabert.training.plan import PretrainPlan, estimate, plan, prepare_rows
 from mabert.training.pretrain_config import CONFIG_FILE, PretrainConfig
 from mabert.training.runs import RunTrainer, environment, publish
 

@@ -104,6 +104,7 @@ def environment(args: TrainingArguments) -> dict[str, str]:
 
 
 def processor_name() -> str:
+    """The processor's name, as precise as the system has it."""
     description = Path("/proc/cpuinfo")  # Linux, where platform.processor() has little to say
     text = description.read_text(encoding="utf-8") if description.exists() else ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
