@@ -1,7 +1,7 @@
 """`mabert tokenizer`, `mabert pretrain`, `mabert finetune`: from text to a trained model."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from datetime import timedelta
@@ -110,7 +110,8 @@ def pretrain(
         output.print(table("Run", plan_rows(plan)), "")
         with output.status("measuring one step of each stage"):
             estimate = training.estimate(plan)
-        output.print(table("Estimate for this machine", estimate_rows(estimate)))
+        stages = [f"stage {number}" for number in range(1, len(config.stage_lengths) + 1)]
+        output.print(table("Estimate for this machine", estimate_rows(estimate, stages)))
         return
     with stoppable():
         result = training.pretrain(config, console=errors)
@@ -136,7 +137,11 @@ def finetune(
     config = build_config(named(RECIPES, recipe), assignments or [])
     if dry_run:
         output.print(settings(config), "")
-        output.print(table("Run", finetune_rows(training.plan_finetune(config))))
+        plan = training.plan_finetune(config)
+        output.print(table("Run", finetune_rows(plan)), "")
+        with output.status("measuring one step"):
+            estimate = training.estimate_finetune(plan)
+        output.print(table("Estimate for this machine", estimate_rows(estimate, ("usual rows", "longest rows"))))
         return
     with stoppable():
         result = training.finetune(config, console=errors)
@@ -192,10 +197,10 @@ def plan_rows(plan: "PretrainPlan") -> Iterator[tuple[str, str]]:
     yield "text", "tokenised already" if plan.rows else "not tokenised yet, so the epochs are not known"
 
 
-def estimate_rows(estimate: "Estimate") -> Iterator[tuple[str, str]]:
-    """Time and memory, as extrapolated from one step."""
-    for number, seconds in enumerate(estimate.step_seconds, start=1):
-        yield f"stage {number}", f"{seconds:.2f} s a step"
+def estimate_rows(estimate: "Estimate", kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Time and memory, as extrapolated from one step of each kind."""
+    for kind, seconds in zip(kinds, estimate.step_seconds, strict=True):
+        yield kind, f"{seconds:.2f} s a step"
     yield "time", f"{duration(estimate.seconds)} without evaluations and checkpoints"
     parts = ("weights", "gradients", "optimizer", "activations")
     listed = ", ".join(f"{part} {size(getattr(estimate, part))}" for part in parts)

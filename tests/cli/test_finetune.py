@@ -98,6 +98,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(model: Path, glue: Path, 
         assert row in text, row
     assert re.search(r"parameters [\d,]+", text)
     assert re.search(r"tokens \d+", text)
+    assert re.search(r"longest rows \d+\.\d\d s a step time \d:\d\d:\d\d", text)
+    assert re.search(r"memory [\d.]+ MiB", text)
     assert not (tmp_path / "run").exists()
 
 
