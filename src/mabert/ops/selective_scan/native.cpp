@@ -184,19 +184,24 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
         }
         const vf input = delta * x;
         const float *Bt = B + t * N, *Ct = C + t * N;
+        vf* dC = w.dC + t * N;
+        const vf dy = load(at<T>(a.dy, tile.row, time) + channel, lanes);
+        vf ds = dy, z = {}, gate = {};
+        if (a.z.data) {
+            z = load(at<T>(a.z, tile.row, time) + channel, lanes);
+            gate = sigmoid(z);
+            ds *= z * gate;
+        }
         vf s = D * x;
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
             decay[n] = exp(delta * A[n]);
             after[n] = decay[n] * before[n] + input * Bt[n];
             s += after[n] * Ct[n];
+            dC[n] += ds * after[n];
         }
-        vf ds = load(at<T>(a.dy, tile.row, time) + channel, lanes);
-        if (a.z.data) {
-            const vf z = load(at<T>(a.z, tile.row, time) + channel, lanes), g = sigmoid(z);
-            store(at<T>(a.dz, tile.row, time) + channel, ds * s * (g + z * g * (1.0f - g)), lanes);
-            ds *= z * g;
-        }
+        if (a.z.data)
+            store(at<T>(a.dz, tile.row, time) + channel, dy * s * (gate + z * gate * (1.0f - gate)), lanes);
         w.x[t] = x;
         w.delta[t] = delta;
         w.slope[t] = slope;
@@ -216,15 +221,14 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
             if (a.z.data) store(at<T>(a.dz, tile.row, time) + channel, vf{}, lanes);
             continue;
         }
-        const vf *before = w.states + t * N, *after = before + N, *decay = w.decays + t * N;
+        const vf *before = w.states + t * N, *decay = w.decays + t * N;
         const vf x = w.x[t], delta = w.delta[t], ds = w.ds[t], input = delta * x;
         const float *Bt = B + t * N, *Ct = C + t * N;
-        vf *dB = w.dB + t * N, *dC = w.dC + t * N;
+        vf* dB = w.dB + t * N;
         vf dinput = {}, ddelta = {};
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
             const vf g = dh[n] + ds * Ct[n];
-            dC[n] += ds * after[n];
             dB[n] += g * input;
             dinput += g * Bt[n];
             const vf carried = g * decay[n], dexponent = carried * before[n];
