@@ -88,7 +88,10 @@ def test_the_folder_holds_the_model_and_nothing_half_done(learned):
     assert learned.environment["torch"] == torch.__version__
 
 
-def test_the_saved_model_makes_the_saved_predictions(prepared, learned):
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"select": "best"}])
+def test_the_saved_model_makes_the_saved_predictions(prepared, learned, tmp_path, changes):
+    if changes:
+        learned = finetune(tiny_finetuning.config(prepared, tmp_path, **changes))
     header, lines = predictions(learned.output)
     assert header == ["index", "gold", "predicted", "p(cat)", "p(other)"]
     texts = [first for first, _ in tiny_finetuning.rows(80, seed=1)]

@@ -217,6 +217,8 @@ def progress_bar(what: str, total: int, console: Console | None) -> Iterator[Cal
             if progress.disable and now - reported >= SECONDS_BETWEEN_LINES:
                 reported = now
                 left = timedelta(seconds=round((now - began) / done * (total - done)))
-                console.print(f"{what}: {done:,} of {total:,}, {left} left", soft_wrap=True, highlight=False)
+                console.print(
+                    f"{what}: {done:,} of {total:,}, {left} left", soft_wrap=True, highlight=False, markup=False
+                )
 
         yield advance

@@ -118,7 +118,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Finet
     console = console or Console(stderr=True)
     if (config.output / METRICS).exists():
         config.check_resumes(config.output)
-        console.print(f"{config.output} is finished already.", soft_wrap=True)
+        _say(console, [f"{config.output} is finished already."])
         return read_result(config.output)
     planned = plan_finetune(config)
     _claim(config)
@@ -142,8 +142,7 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
     for name, split in {"train": data.train, **data.evaluation}.items():
         if split.truncated:
             lines.append(f"{name}: {split.truncated:,} of {len(split):,} rows are cut to {config.max_length} tokens")
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    _say(console, lines)
 
     set_seed(config.seed)
     model = _load_classifier(planned)
@@ -165,6 +164,8 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
             args=args,
         )
         trainer.run(checkpoint)
+    # accelerate's autocast would stay on the model, which is used in fp32 from here on
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     selection = trainer.best.restore(model) if trainer.best else None
 
     splits = {}
@@ -174,11 +175,10 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
         _write_predictions(config.output / f"predictions-{name}.tsv", split, logits, data)
     publish(model, planned.tokenizer, config.output)
     _write_result(planned, args, splits, selection)
-    for leftover in [*list_checkpoints(config.output), config.output / BEST]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [*list_checkpoints(config.output), *config.output.glob(BEST)]:
+        shutil.rmtree(leftover)
     result = read_result(config.output)
-    for line in result.summary():
-        console.print(line, soft_wrap=True, highlight=False)
+    _say(console, result.summary())
     return result
 
 
@@ -286,6 +286,11 @@ class _BestEpoch(TrainerCallback):
 
     def _kept(self) -> dict[str, float]:
         return json.loads((self.folder / SCORES).read_text(encoding="utf-8"))
+
+
+def _say(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _training_arguments(planned: FinetunePlan) -> TrainingArguments:

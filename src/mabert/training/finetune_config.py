@@ -65,7 +65,7 @@ class FinetuneConfig:
     seed: int = 0
     """Of the new head, the order of the rows and dropout; which rows are held out does not depend on it."""
     bf16: bool = False
-    """Autocast to bfloat16 over fp32 weights while training; evaluation is fp32."""
+    """Autocast to bfloat16 over fp32 weights while training; dev and test are evaluated in fp32."""
 
     execution: Literal["packed", "padded"] | None = None
     """Replaces the model's own setting, as do `psm` and `pooling`."""
