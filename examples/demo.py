@@ -22,10 +22,10 @@ from mabert.training.finetune import FinetuneConfig, FinetuneResult, finetune
 from mabert.training.pretrain import PretrainConfig, PretrainResult, pretrain
 
 MASKED = (
+    "Return [MASK] string.",
     "Return the [MASK] of the list.",
-    "If the file does not exist, an [MASK] is raised.",
-    "This [MASK] returns a string.",
-    "Return true if the object is [MASK] instance of the class.",
+    "Return true if the [MASK] is a string.",
+    "Raises an [MASK] if the name is not found.",
 )
 
 say = Console(highlight=False, soft_wrap=True)
@@ -45,23 +45,31 @@ def write_data(folder: Path) -> None:
 
 
 def pretrain_config(folder: Path, quick: bool) -> PretrainConfig:
-    """The paper's pattern at the smallest size, rows of 64 tokens, no second stage."""
+    """The paper's pattern in small: rows of 64 tokens, no second stage, no dropout, many small steps."""
     return PretrainConfig(
         train=(str(folder / "text" / "train.txt"),),
         valid=(str(folder / "text" / "heldout.txt"),),
         tokenizer=folder / "tokenizer",
         output=folder / "pretrained",
-        model=MaBertConfig.tiny(hidden_size=64, intermediate_size=256, max_position_embeddings=128),
-        steps=4 if quick else 400,
-        batch_size=32,
+        model=MaBertConfig.tiny(
+            hidden_size=64,
+            intermediate_size=256,
+            expand=1,
+            state_size=8,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        steps=4 if quick else 1000,
+        batch_size=8,
+        micro_batch_size=8,
         stage_lengths=(64,),
         stage_fractions=(1.0,),
         learning_rate=3e-3,
         warmup_fraction=0.1,
         bf16=False,
-        eval_every=100,
-        eval_rows=16 if quick else 256,
-        checkpoint_every=100,
+        eval_every=250,
+        eval_rows=8 if quick else 512,
+        checkpoint_every=200,
         tensorboard=False,
         workers=0,
     )
@@ -77,7 +85,7 @@ def finetune_config(folder: Path, quick: bool) -> FinetuneConfig:
         text_column="sentence",
         max_train_rows=64 if quick else None,
         max_length=32,
-        epochs=1 if quick else 5,
+        epochs=1 if quick else 2,
         learning_rate=1e-3,
     )
 
@@ -95,7 +103,7 @@ def failures(pretrained: PretrainResult, classifier: FinetuneResult) -> list[str
     if not pretrained.held_out_loss < pretrained.unigram_entropy:
         found.append(f"held-out loss {pretrained.held_out_loss:.3f} is not below the unigram entropy")
     test = classifier.splits["dev"]
-    if not test.metrics["accuracy"] > (test.majority_accuracy or 0.0):
+    if not test.metrics["accuracy"] > test.majority["accuracy"]:
         found.append(f"accuracy {test.metrics['accuracy']:.3f} is not above the majority class")
     return found
 
@@ -130,7 +138,7 @@ def run(folder: Path, quick: bool) -> int:
     test = classifier.splits["dev"]
     say.print(
         f"accuracy on {test.rows} new sentences {test.metrics['accuracy']:.3f}, majority class "
-        f"{test.majority_accuracy:.3f}"
+        f"{test.majority['accuracy']:.3f}"
     )
     show_commands(folder)
     for failure in (found := failures(pretrained, classifier)):
