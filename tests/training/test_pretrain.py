@@ -214,13 +214,16 @@ def test_going_on_with_other_choices_is_refused_with_their_names(prepared, basel
 
 def test_what_may_change_does_change_when_a_run_goes_on(prepared, baseline):
     folder = prepared / "half"
-    shutil.copytree(prepared / "baseline", folder)
-    for name in ("metrics.json", "checkpoint-4"):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert short_run(prepared, "half", checkpoint_every=1, eval_every=2, keep_checkpoints=4) == baseline
-    assert len(list(folder.glob("checkpoint-*"))) == 4
-    assert {line["step"] for line in read_lines(folder / "evaluations.jsonl")} == {2, 4}
+    short_run(prepared, "half", checkpoint_every=2)
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "metrics.json").unlink()
+    choices = {"checkpoint_every": 1, "keep_checkpoints": 3, "eval_every": 1, "micro_batch_size": 8}
+    again = short_run(prepared, "half", **choices)
+    assert again == pytest.approx(baseline, rel=0.05)
+    assert again[:2] == baseline[:2]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [line["step"] for line in read_lines(folder / "evaluations.jsonl")] == [3, 4, 4]
+    assert json.loads((folder / "pretrain_config.json").read_text())["micro_batch_size"] == 8
 
 
 def test_the_output_of_something_else_is_left_alone(tmp_path, prepared):

@@ -118,13 +118,13 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
             with TokenisingProgress(console) as report:
                 train_rows, held_out_rows = prepare_rows(config, tokenizer, report)
     if is_finished:
-        console.print(f"{output} is finished already.", soft_wrap=True)
+        _say(console, f"{output} is finished already.")
         return _read_result(output)
 
     checkpoint, skipped = latest_complete_checkpoint(output)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     for line in [*skipped, f"going on from {checkpoint}"] if checkpoint else skipped:
-        console.print(line, soft_wrap=True)
+        _say(console, line)
 
     set_seed(config.seed)
     if config.init_from:
@@ -160,6 +160,10 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         _write_result(planned, args)
     trainer.accelerator.wait_for_everyone()
     return _read_result(output)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 class PretrainTrainer(RunTrainer):
