@@ -77,11 +77,16 @@ def test_a_stage_without_text_is_refused():
         sampler(rows=(20, 0))
 
 
+# Python 3.12 and newer warn of every fork in a process with threads, as torch's are; the workers use none of them.
+FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
 @pytest.fixture
 def dataset(prepared, shards):
     return MlmDataset([Rows(shards, n) for n in LENGTHS], load_tokenizer(prepared / "tokenizer"), seed=0)
 
 
+@FORKS
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_leaves_the_global_random_numbers_alone(dataset, workers):
     rows = [len(stage) for stage in dataset.stages]
@@ -94,6 +99,7 @@ def test_loading_leaves_the_global_random_numbers_alone(dataset, workers):
     assert torch.equal(batches[0]["labels"], torch.stack([sample["labels"] for sample in expected]))
 
 
+@FORKS
 def test_workers_outlive_signals_to_the_process_group(dataset):
     rows = [len(stage) for stage in dataset.stages]
     batches = iter(train_loader(dataset, sampler(rows=rows), workers=2, pin_memory=False))
@@ -104,6 +110,7 @@ def test_workers_outlive_signals_to_the_process_group(dataset):
     assert sum(1 for _ in batches) == 39
 
 
+@FORKS
 def test_workers_end_when_their_parent_says_so(dataset):
     rows = [len(stage) for stage in dataset.stages]
     batches = iter(train_loader(dataset, sampler(rows=rows), workers=1, pin_memory=False))

@@ -109,7 +109,7 @@ def test_on_a_terminal_progress_is_one_bar():
 
 def test_the_time_left_counts_tokens(monkeypatch):
     clock = iter([0.0, 0.0, 10.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("mabert.training.callbacks.time", SimpleNamespace(monotonic=lambda: next(clock)))
     console = Console(file=io.StringIO())
     shown = progress(console, tokens_left=1100, every=1)
     with shown:

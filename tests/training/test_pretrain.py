@@ -122,6 +122,7 @@ def test_a_choice_changes_the_losses(prepared, baseline, changes):
     assert short_run(prepared, "-".join(f"{key}={value}" for key, value in changes.items()), **changes) != baseline
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_the_same_choices_give_the_same_losses_whatever_is_measured_on_the_way(prepared, baseline):
     watched = {"eval_every": 1, "checkpoint_every": 1, "workers": 1, "tensorboard": True, "log_every": 1}
     assert short_run(prepared, "watched", **watched) == baseline
@@ -138,6 +139,14 @@ def test_the_same_choices_give_the_same_losses_whatever_is_measured_on_the_way(p
     assert not list((prepared / "baseline").glob("runs"))
     history = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_bf16_keeps_the_weights_in_fp32(prepared):
+    short_run(prepared, "half-precision", bf16=True)
+    model = AutoModelForMaskedLM.from_pretrained(prepared / "half-precision")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    moments = torch.load(prepared / "half-precision" / "checkpoint-4" / "optimizer.pt")["state"][0]
+    assert moments["exp_avg"].dtype == torch.float32
 
 
 def test_keep_checkpoints(prepared):

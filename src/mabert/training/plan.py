@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mabert.config import MaBertConfig
 from mabert.data.rows import Rows
-from mabert.data.shards import Progress, Shards, prepare_shards
+from mabert.data.shards import MANIFEST, Progress, Shards, prepare_shards
 from mabert.data.tokenizer import load_tokenizer
 from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import WorldLayout
@@ -153,7 +153,8 @@ def _shards_folder(config: PretrainConfig) -> Path:
 
 
 def _is_tokenised(config: PretrainConfig) -> bool:
-    return all((_shards_folder(config) / name).exists() for name in ("train", *(["valid"] if config.valid else [])))
+    names = ["train", "valid"] if config.valid else ["train"]
+    return all((_shards_folder(config) / name / MANIFEST).exists() for name in names)
 
 
 def estimate(plan: PretrainPlan) -> Estimate:
