@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import acceptability
@@ -152,11 +153,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--quick", action="store_true", help="a few steps only: enough to see that all of it runs")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # so small a model that threads would wait for each other; and everyone gets the same run
     try:
         return run(options.folder, options.quick)
     except (TrainingInterruptedError, KeyboardInterrupt) as stop:
         say.print(f"\n{stop or 'Stopped.'} Run it again to go on.", markup=False)
         return 130
+    except ValueError as error:  # such as a folder that an earlier version of this demo has left
+        say.print(f"{error} Delete {options.folder} to start over.", style="red", markup=False)
+        return 2
 
 
 if __name__ == "__main__":

@@ -129,6 +129,12 @@ def test_its_words_are_those_of_the_documentation(documents: list[list[str]]) ->
     assert used <= known
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo may not set the threads of the tests that follow."""
+    monkeypatch.setattr(demo.torch, "set_num_threads", lambda count: None)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A quick demo: its folder, what it printed and what it returned."""
@@ -187,6 +193,16 @@ def test_a_stopped_demo_says_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 130
     assert "Run it again to go on." in capsys.readouterr().out
+
+
+def test_a_demo_over_another_ones_folder_says_how_to_start_over(
+    made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--folder", str(made.folder)])  # without --quick: other choices
+    assert demo.main() == 2
+    output = " ".join(capsys.readouterr().out.split())
+    assert "holds a run with other choices" in output
+    assert f"Delete {made.folder} to start over." in output
 
 
 def test_a_model_is_used_through_pipelines(made: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
