@@ -1,14 +1,18 @@
 import shutil
 
 import pytest
+import torch
+from tiny_models import write_bert
 from tiny_pretraining import LENGTHS, MODEL, config
 
 from mabert.config import MaBertConfig
 from mabert.data.rows import Rows
 from mabert.data.shards import ShardsError
 from mabert.data.tokenizer import train_tokenizer
-from mabert.models import MaBertForMaskedLM
+from mabert.inference.loading import ModelFolderError
+from mabert.models import MaBertForMaskedLM, MaBertForSequenceClassification
 from mabert.training.plan import estimate, plan
+from mabert.training.pretrain import pretrain
 
 
 def test_what_a_run_will_do(prepared, shards):
@@ -74,6 +78,27 @@ def test_a_model_to_start_from_brings_its_architecture(prepared, shards, tmp_pat
     MaBertForMaskedLM(start).save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match="give the tokenizer that the model was trained with"):
         plan(config(prepared, model=None, init_from=tmp_path / "start"))
+
+
+def test_what_is_no_mabert_to_start_from_is_refused(prepared, shards, tmp_path):
+    with pytest.raises(ModelFolderError, match="is not a model folder, it does not exist"):
+        plan(config(prepared, model=None, init_from=tmp_path / "nothing"))
+    write_bert(tmp_path / "bert", vocab_size=shards.vocab_size)
+    with pytest.raises(ValueError, match="holds a bert model, not a MaBERT"):
+        plan(config(prepared, model=None, init_from=tmp_path / "bert"))
+    classifier = MaBertForSequenceClassification(MaBertConfig(**MODEL, vocab_size=shards.vocab_size))
+    classifier.save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ModelFolderError, match="holds no trained MaBertForMaskedLM"):
+        pretrain(config(prepared, output=str(tmp_path / "run"), model=None, init_from=tmp_path / "classifier"))
+
+
+def test_a_torch_that_could_use_a_gpu_measures_on_the_cpu_without_one(prepared, shards, monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator,
+        "current_accelerator",
+        lambda check_available=False: None if check_available else torch.device("cuda"),
+    )
+    assert estimate(plan(config(prepared))).seconds > 0
 
 
 def test_the_estimate_counts_bytes_and_seconds(prepared, shards):

@@ -46,7 +46,7 @@ def measure(
 
     The run takes `steps[i]` optimizer steps with micro-batches like `batches[i]`, `accumulation` of them each.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model.to(device).train()  # type: ignore[arg-type]
     optimizer = adamw(model, learning_rate=0.0)
     micro_seconds, saved = [], []

@@ -12,6 +12,7 @@ from mabert.config import MaBertConfig
 from mabert.data.rows import Rows
 from mabert.data.shards import MANIFEST, Progress, Shards, prepare_shards
 from mabert.data.tokenizer import load_tokenizer
+from mabert.inference.loading import load_config
 from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import WorldLayout
 from mabert.training.estimate import Estimate, measure
@@ -109,7 +110,9 @@ def resolve_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) ->
         assert isinstance(config.model, MaBertConfig)
         given = config.model.to_diff_dict()
         return MaBertConfig(**given | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-    model = MaBertConfig.from_pretrained(config.init_from)
+    model = load_config(config.init_from)
+    if not isinstance(model, MaBertConfig):
+        raise ValueError(f"init_from={config.init_from} holds a {model.model_type} model, not a MaBERT.")
     if model.vocab_size != len(tokenizer):
         raise ValueError(
             f"the model in {config.init_from} has {model.vocab_size:,} tokens, the tokenizer in {config.tokenizer} has "

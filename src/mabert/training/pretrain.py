@@ -24,6 +24,7 @@ from mabert.data.mlm import MlmDataset
 from mabert.data.rows import Rows
 from mabert.data.tokenizer import load_tokenizer
 from mabert.files import atomic_write, remove_leftovers
+from mabert.inference.loading import load_model
 from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import StagedBatchSampler, train_loader
 from mabert.training.callbacks import (
@@ -127,10 +128,8 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         _say(console, line)
 
     set_seed(config.seed)
-    if config.init_from:
-        model = MaBertForMaskedLM.from_pretrained(config.init_from, dtype=torch.float32)
-    else:
-        model = MaBertForMaskedLM(planned.model)
+    init = config.init_from
+    model = load_model(MaBertForMaskedLM, init) if init else MaBertForMaskedLM(planned.model)
 
     def masked(rows: list[Rows], seed: int) -> MlmDataset:
         return MlmDataset(rows, tokenizer, seed=seed, mlm_probability=config.mlm_probability)
