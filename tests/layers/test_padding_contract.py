@@ -338,6 +338,16 @@ class TestModel:
             torch.testing.assert_close(logits[:3], without, rtol=0, atol=1e-5)
             torch.testing.assert_close(logits[3], model.classifier.bias)
 
+    @pytest.mark.parametrize("execution", ["packed", "padded"])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_a_batch_of_pads_alone_trains(self, execution, attention):
+        config = small_config(execution=execution, attn_implementation=attention)
+        model = randomise(MaBertForSequenceClassification(config), config)
+        out = model(torch.ones(1, 4).long(), attention_mask=torch.zeros(1, 4), labels=torch.tensor([1]))
+        torch.testing.assert_close(out.logits[0], model.classifier.bias)
+        out.loss.backward()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
     @pytest.mark.parametrize("pattern", ["MTM", "TTT"])
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     @pytest.mark.parametrize("position_embedding_type", ["absolute", "rope"])

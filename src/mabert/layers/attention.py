@@ -55,6 +55,8 @@ class SelfAttention(nn.Module):
             qkv = torch.stack((rotate(query, cos, sin), rotate(key, cos, sin), value), dim=-3)
         if not layout.packed:
             y = self._attend(qkv, layout.mask_BL)
+        elif not torch.compiler.is_compiling() and layout.num_tokens == 0:
+            y = qkv[:, 2]  # nobody is there to attend
         elif self._flash:
             y = self._attend(
                 qkv[None],
