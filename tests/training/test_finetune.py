@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from mabert.inference.loading import ModelFolderError
 from mabert.inference.predict import predict
+from mabert.training import batches
 from mabert.training import finetune as door
 from mabert.training.callbacks import TrainingInterruptedError
 from mabert.training.finetune import FinetuneTrainer, estimate_finetune, finetune, plan_finetune, read_result
@@ -424,6 +425,15 @@ def test_the_plan_counts_without_training(prepared, tmp_path):
     model = AutoModelForSequenceClassification.from_config(planned.model)
     assert planned.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_shuffles_each_epoch_once(prepared, tmp_path, monkeypatch):
+    planned = plan_finetune(tiny_finetuning.config(prepared, tmp_path, epochs=3))
+    made = []
+    permuted = batches.permuted_index
+    monkeypatch.setattr(batches, "permuted_index", lambda *place: made.append(place) or permuted(*place))
+    assert sum(planned.tokens_of(step) for step in range(planned.schedule.steps)) == planned.tokens
+    assert len(made) == len(set(made)) == 3
 
 
 def test_the_estimate_counts_the_longest_rows_and_every_step(prepared, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import (
@@ -38,13 +39,20 @@ class FinetunePlan:
 
     def tokens_from(self, step: int) -> int:
         """Tokens that are left after `step` steps."""
-        return sum(map(self.tokens_of, range(step, self.schedule.steps)))
+        return sum(self._tokens_by_step[step:])
 
     def tokens_of(self, step: int) -> int:
         """Tokens in the batch of a step."""
-        return sum(
-            len(self.data.train[key]["input_ids"]) for keys in self.sampler().micro_batches(step) for key in keys
-        )
+        return self._tokens_by_step[step]
+
+    @cached_property
+    def _tokens_by_step(self) -> list[int]:
+        lengths = [len(feature["input_ids"]) for feature in self.data.train.features]
+        sampler = self.sampler()  # one for all steps: each keeps the order of its epoch
+        return [
+            sum(lengths[index] for keys in sampler.micro_batches(step) for *_, index in keys)
+            for step in range(self.schedule.steps)
+        ]
 
     def sampler(self, first_step: int = 0) -> StagedBatchSampler:
         """The micro-batches from a step on; the batch in which an epoch ends is filled from the next one."""
