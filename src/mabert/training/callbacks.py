@@ -90,6 +90,11 @@ class StepRecord:
         return self.tokens / self.seconds
 
 
+AGAINST_DIVERGENCE = (
+    "Lower learning_rate, lengthen the warm-up or lower max_grad_norm; the last checkpoint is from before."
+)
+
+
 class StepLog(TrainerCallback):
     """Assembles each step's `StepRecord` from what the Trainer reports, writes it, and hands it on.
 
@@ -140,10 +145,7 @@ class StepLog(TrainerCallback):
         loss = mean_over_processes(float(self._loss), args.device)
         seconds = time.perf_counter() - self._began
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}. Lower learning_rate, lengthen the warm-up or lower "
-                "max_grad_norm; the last checkpoint is from before."
-            )
+            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}. {AGAINST_DIVERGENCE}")
         record = StepRecord(
             step=state.global_step,
             stage=self._stage,

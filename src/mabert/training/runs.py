@@ -19,7 +19,14 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 
 from mabert.files import atomic_folder
-from mabert.training.callbacks import JsonLines, StepLog, StopOnSignal, TrainingInterruptedError, TrainingProgress
+from mabert.training.callbacks import (
+    AGAINST_DIVERGENCE,
+    JsonLines,
+    StepLog,
+    StopOnSignal,
+    TrainingInterruptedError,
+    TrainingProgress,
+)
 from mabert.training.checkpoints import AtomicCheckpointTrainer
 
 
@@ -29,6 +36,8 @@ class RunTrainer(AtomicCheckpointTrainer):
     A subclass reports the batches to `step_log` from its `get_batch_samples`. `logs` are the run's files, the one of
     the steps first; in all processes but the first one there are none.
     """
+
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -75,6 +84,11 @@ class RunTrainer(AtomicCheckpointTrainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A finite loss can have an infinite gradient; a resume from what it made of the weights would never recover.
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise FloatingPointError(
+                f"the weights became NaN or infinite by step {self.state.global_step}. {AGAINST_DIVERGENCE}"
+            )
         for lines in self.logs:
             lines.sync()  # a resume relies on every line up to the checkpoint's step
         super()._save_checkpoint(model, trial)
