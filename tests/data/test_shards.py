@@ -68,6 +68,14 @@ def test_settings_that_a_call_left_in_the_tokenizer_do_not_matter(tokenizer, cor
     assert again.tokens(0, again.n_tokens).tolist() == shards.tokens(0, shards.n_tokens).tolist()
 
 
+def test_the_names_of_special_tokens_are_text(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("The cat [SEP] sees [MASK] and [PAD].")
+    shards = build_shards(tmp_path / "a.txt", tokenizer, tmp_path / "shards")
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert not special & set(shards.tokens(0, shards.n_tokens).tolist())
+    assert tokenizer.mask_token_id in tokenizer("The [MASK]")["input_ids"]  # the caller's tokenizer is as it was
+
+
 def test_unigram_counts_and_entropy(shards):
     stream = shards.tokens(0, shards.n_tokens)
     assert shards.unigram_counts.tolist() == np.bincount(stream, minlength=150).tolist()

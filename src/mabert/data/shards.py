@@ -257,9 +257,10 @@ def _tokenised(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, dtype: np.dtype
 ) -> Iterator[list[np.ndarray]]:
     """Yield the token ids of the documents, batch by batch; no batch is empty, no document either."""
-    backend = tokenizer.backend_tokenizer
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()  # an earlier call of the tokenizer leaves its own settings there
     backend.no_padding()
+    backend.encode_special_tokens = True  # a text that speaks of "[MASK]" has four characters there, not a mask
     for batch in _batches(documents):
         encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype) for encoding in encodings if len(encoding)]
