@@ -18,7 +18,7 @@ def main(text: str, folder: Path, steps: int = 2000) -> None:
     if not tokenizer.exists():
         train_tokenizer(iter_documents(text), vocab_size=8000).save_pretrained(tokenizer)
     config = PretrainConfig(
-        train=text,
+        train=(text,),
         tokenizer=tokenizer,
         output=folder / "model",
         model=MaBertConfig.tiny(),

@@ -9,6 +9,7 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 HELDOUT_EVERY = 10
@@ -48,7 +49,7 @@ def documents() -> Iterator[list[str]]:
     """Documents as lists of paragraphs. A paragraph comes once: the topics repeat each other, and a repeated one would
     stand in the training text and in the held-out text."""
     seen: set[str] = set()
-    for text in (*topics(), *docstrings()):
+    for text in chain(topics(), docstrings()):
         new = [paragraph for paragraph in dict.fromkeys(paragraphs(text)) if paragraph not in seen]
         seen.update(new)
         if new:

@@ -16,9 +16,8 @@ def show_log(debug: bool) -> None:
     """Let the messages of the package through: at INFO the backend in use, what a resume skipped, and the like."""
     logger = logging.getLogger("mabert")
     if not logger.handlers:
-        logger.addHandler(RichHandler(console=errors, show_path=False, omit_repeated_times=False))
+        logger.addHandler(RichHandler(console=errors, show_time=False, show_path=False))
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    logger.propagate = False
 
 
 def table(title: str, rows: Iterable[tuple[str, object]]) -> Table:

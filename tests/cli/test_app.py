@@ -85,6 +85,17 @@ def test_a_message_with_brackets_is_printed_as_it_is(tmp_path: Path) -> None:
     assert "[MASK].txt" in result.stderr
 
 
+def test_the_log_of_the_package_is_shown_and_stays_with_the_root_logger(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    run("env")
+    logger = logging.getLogger("mabert.ops.backend")
+    assert logger.isEnabledFor(logging.INFO)
+    logger.info("said once")
+    assert "said once" in caplog.text
+    assert len(logging.getLogger("mabert").handlers) == 1
+
+
 def test_env_shows_versions_and_tests_every_backend() -> None:
     from mabert.ops.backend import BACKENDS, OPS
 
