@@ -82,6 +82,8 @@ class MaBertConfig(PreTrainedConfig):
     pooling: str = "map"
     execution: str = "packed"
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
     rope_parameters: Any = None
     tie_word_embeddings: bool = True
 

@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mabert import MaBertConfig, MaBertForMaskedLM, MaBertForSequenceClassification, MaBertModel
 from mabert.layers.mamba import MambaLayer, MambaMixer
@@ -290,6 +292,21 @@ class TestModel:
             # the key bias and, where one token is left, the queries have no gradient but rounding's
             if gradient.norm() > 1e-4:
                 assert relative(actual[name], gradient) <= 1e-4, name
+
+    @given(rows=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4))
+    @settings(deadline=None, max_examples=25)
+    def test_any_mask_at_all(self, rows):
+        mask = torch.tensor(rows)
+        config = small_config(scan_direction="bidirectional")
+        model = randomise(MaBertForSequenceClassification(config), config).eval()
+        ids, types = sequence_inputs(mask)
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask, token_type_ids=types).logits
+            for b, real in enumerate(mask):
+                expected = model.classifier.bias  # a row of pads pools to zeros
+                if real.any():
+                    expected = model(ids[b][real][None], token_type_ids=types[b][real][None]).logits[0]
+                torch.testing.assert_close(logits[b], expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("execution", ["packed", "padded"])
     @pytest.mark.parametrize("pattern", ["MTM", "TMT"])

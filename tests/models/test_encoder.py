@@ -147,6 +147,17 @@ class TestInputs:
         with pytest.raises(ValueError, match=message):
             MaBertModel(small())(**inputs)
 
+    def test_pads_without_a_mask_are_remarked_on(self, monkeypatch):
+        warnings = []
+        monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", warnings.append)
+        model = MaBertModel(small())
+        ids = torch.tensor([[5, 6, 0]])
+        model(ids, attention_mask=torch.tensor([[1, 1, 0]]))
+        model(ids + 1)
+        assert not warnings
+        model(ids)
+        assert "attention_mask" in warnings[0]
+
     def test_pads_beyond_the_maximum_are_no_tokens(self):
         ids = torch.ones(1, 40, dtype=torch.long)
         mask = (torch.arange(40) < 20).long()[None]

@@ -186,6 +186,8 @@ class MaBertModel(MaBertPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and attention_mask is None and seq_idx is None and cu_seq_lens is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         packed = self.config.execution == "packed"
         layout = SequenceLayout.build(
             given.shape[0],

@@ -71,7 +71,7 @@ BACKENDS = (
         "plain PyTorch, chunked over time",
         _everywhere,
         _MORE_FLOATS,
-        cost="M layers take several times longer than with a compiled kernel",
+        cost="M layers are slower than with a compiled kernel (docs/kernels.md)",
     ),
     Backend("reference", "the specification: a loop over time", _everywhere, _MORE_FLOATS, automatic=False),
 )
@@ -137,8 +137,9 @@ def _report(op: str, device: torch.device, dtype: torch.dtype, backend: Backend)
         return
     _reported.add(key)
     logger.info("%s on %s runs with the %r backend: %s", op, device.type, backend.name, backend.about)
-    for better in BACKENDS[: BACKENDS.index(backend)]:
-        if better.automatic and dtype in better.dtypes and (device.type == "cpu") == (better.name == "native"):
-            logger.warning(
-                "%s: %s. The %r backend is missing: %s", op, backend.cost, better.name, better.missing(device)
-            )
+    if backend.cost:
+        better = (other for other in BACKENDS[: BACKENDS.index(backend)] if other.automatic)
+        reasons = " ".join(
+            f"The {other.name!r} backend is not used: {other.refuses(device, dtype)}" for other in better
+        )
+        logger.warning("%s on %s: %s. %s", op, device.type, backend.cost, reasons)
