@@ -424,6 +424,8 @@ def _check_no_label_at_pads(labels: Tensor, at_tokens: int, layout: SequenceLayo
 
 
 def _check_packed_arguments(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k) -> None:
+    if torch.compiler.is_compiling():
+        return
     if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
         raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: the encoder attends within each sequence.")
     for name, given in (("max_length_q", max_length_q), ("max_length_k", max_length_k)):
