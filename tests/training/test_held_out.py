@@ -101,3 +101,13 @@ def test_nothing_masked_is_an_error(model, shards, tokenizer):
     dataset = MlmDataset([Rows(shards, 16)], tokenizer, seed=0, mlm_probability=1e-9)
     with pytest.raises(ValueError, match="not one position of the 2 held-out rows is masked"):
         evaluate(model, dataset, [(0, 0, 0), (0, 0, 1)], tokenizer.all_special_ids)
+
+
+def test_a_hopeless_model_has_an_infinite_perplexity(model, shards, tokenizer):
+    with torch.no_grad():
+        model.head.decoder.weight.zero_()
+        model.head.decoder.bias.zero_()[0] = 800.0
+    dataset = MlmDataset([Rows(shards, 16)], tokenizer, seed=0)
+    result = evaluate(model, dataset, [(0, 0, index) for index in range(6)], tokenizer.all_special_ids)
+    assert result.loss == pytest.approx(800)
+    assert result.perplexity == math.inf

@@ -1,6 +1,7 @@
 """Held-out loss of a masked language model, beside what a predictor without context could reach."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from mabert.data.mlm import Key, MlmDataset, collate_rows
 from mabert.data.shards import unigram_entropy
 
 IGNORED = -100
+LARGEST_EXPONENT = math.log(sys.float_info.max)  # math.exp raises OverflowError above it
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def evaluate_held_out(
     return HeldOut(
         length=length,
         loss=mean,
-        perplexity=math.exp(mean),
+        perplexity=math.exp(mean) if mean < LARGEST_EXPONENT else math.inf,
         masked_accuracy=correct / labels,
         unigram_entropy=unigram_entropy(totals[3:].cpu().numpy()),
         labels=int(labels),
