@@ -176,8 +176,6 @@ class PretrainTrainer(RunTrainer):
     def __init__(self, planned: PretrainPlan, *, logs: Sequence[JsonLines], **kwargs: Any) -> None:
         self.plan, self.evaluations = planned, logs[1] if logs else None
         super().__init__(steps=planned.schedule.steps, seed=planned.config.seed, logs=logs, **kwargs)
-        # The model divides by num_items_in_batch; the Trainer looks for **kwargs to find that out.
-        self.model_accepts_loss_kwargs = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam over our parameter groups."""
