@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from mabert_cli.console import errors, output
+from mabert_cli.console import output
 
 Model = Annotated[Path, typer.Argument(help="Model folder that pretraining or fine-tuning wrote.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text; default: what the model takes.")]
@@ -42,7 +42,7 @@ def predict(
         truncate=truncate,
         batch_tokens=batch_tokens,
         bf16=bf16,
-        progress=errors.is_terminal,
+        progress=True,
     )
     output.print(f"{len(predictions):,} predictions in {escape(str(target))}")
 
@@ -99,6 +99,6 @@ def encode(
         truncate=truncate,
         batch_tokens=batch_tokens,
         bf16=bf16,
-        progress=errors.is_terminal,
+        progress=True,
     )
     output.print(f"{rows:,} vectors of {width} numbers in {escape(str(target))}")

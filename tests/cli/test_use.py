@@ -67,6 +67,23 @@ def test_a_long_text_is_refused_or_cut(
     assert run(*words, "--truncate").exit_code == 0
 
 
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    model: Path, classifier: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {
+        "predicting": ["predict", classifier, table, "--output", tmp_path / "out.tsv"],
+        "encoding": ["encode", model, table, tmp_path / "out.npy"],
+    }
+    for what, command in words.items():
+        command += ["--text-column", "sentence", "--batch-tokens", "1"]
+        assert what not in run(*command).stderr
+    monkeypatch.setattr("mabert.inference.batches.SECONDS_BETWEEN_LINES", 0)
+    for what, command in words.items():
+        result = run(*command)
+        assert f"{what}: 1 of 3, 0:00:" in result.stderr
+        assert what not in result.stdout
+
+
 def test_fill_mask_shows_the_most_probable_tokens(model: Path) -> None:
     result = run("fill-mask", model, "the [MASK] sees a [MASK] .", "--top-k", "3")
     assert result.exit_code == 0, result.output
