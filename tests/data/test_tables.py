@@ -62,6 +62,12 @@ def test_raw_quotes_in_tsv_are_text(tmp_path):
     assert table.texts == ['"open', 'closed"', '""both""']
 
 
+def test_empty_lines_are_passed_over_even_where_there_is_one_column(tmp_path):
+    for name in ("a.tsv", "a.csv"):
+        (tmp_path / name).write_text("text\nFirst.\n\nSecond.\n\n")
+        assert read_table(tmp_path / name, text_columns=["text"]).texts == ["First.", "Second."]
+
+
 def test_csv_fields_hold_commas_line_breaks_and_long_documents(tmp_path):
     long = "word " * 40_000
     (tmp_path / "a.csv").write_text(f'text,label\n"One, two\nthree ""four""",0\n"{long}",1\n\n')
@@ -89,8 +95,9 @@ def test_incomplete_lines_are_left_out_on_request_and_counted(tmp_path, caplog):
 
 
 BAD_TABLES = [
-    ("a.tsv", "first\tlabel\nA\t1\n", r"a\.tsv, line 2: no column 'text'; the columns are first, label"),
-    ("a.tsv", "text\tgold\nA\t1\n", r"a\.tsv, line 2: no column 'label'; the columns are text, gold"),
+    ("a.tsv", "first\tlabel\nA\t1\n", r"a\.tsv, line 1: no column 'text'; the columns are first, label"),
+    ("a.tsv", "text\tgold\nA\t1\n", r"a\.tsv, line 1: no column 'label'; the columns are text, gold"),
+    ("a.csv", "text,gold\nA,1\n", r"a\.csv, line 1: no column 'label'; the columns are text, gold"),
     ("a.tsv", "", r"a\.tsv is empty: it holds no row"),
     ("a.tsv", "text\tlabel\n", r"a\.tsv is empty: it holds no row"),
     ("a.tsv", "text\tlabel\nA\t1\nB\t\n", r"a\.tsv, line 3: the label \(column 'label'\) is empty"),

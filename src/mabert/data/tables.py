@@ -133,20 +133,23 @@ def _read_rows(
     if kind == ".jsonl":
         return read_jsonl(file, TableError)
     if kind == ".csv":
-        return _read_csv(file, columns)
-    return _read_tsv(file, columns, skip_incomplete)
+        return _read_csv(file, wanted, columns)
+    return _read_tsv(file, wanted, columns, skip_incomplete)
 
 
-def _read_tsv(file: BinaryIO, columns: Sequence[str] | None, skip_incomplete: bool) -> Iterator[Row]:
+def _read_tsv(
+    file: BinaryIO, wanted: Sequence[str], columns: Sequence[str] | None, skip_incomplete: bool
+) -> Iterator[Row]:
     skipped: list[int] = []
     for line, text in read_lines(file, TableError):
+        if not text:
+            continue
         fields = text.split("\t")
         if columns is None:
             columns = fields
+            require_columns(columns, wanted, f"{file.name}, line {line}", TableError)
         elif len(fields) == len(columns):
             yield f"{file.name}, line {line}", dict(zip(columns, fields, strict=True))
-        elif not text:
-            continue
         elif skip_incomplete:
             skipped.append(line)
         else:
@@ -158,13 +161,14 @@ def _read_tsv(file: BinaryIO, columns: Sequence[str] | None, skip_incomplete: bo
         logger.warning("%s: left out %d lines without all fields, the first is %d", file.name, len(skipped), skipped[0])
 
 
-def _read_csv(file: BinaryIO, columns: Sequence[str] | None) -> Iterator[Row]:
+def _read_csv(file: BinaryIO, wanted: Sequence[str], columns: Sequence[str] | None) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 KiB
     reader = csv.reader((f"{text}\n" for _, text in read_lines(file, TableError)), strict=True)
     try:
         for fields in reader:
             if columns is None:
                 columns = fields
+                require_columns(columns, wanted, f"{file.name}, line {reader.line_num}", TableError)
             elif len(fields) == len(columns):
                 yield f"{file.name}, line {reader.line_num}", dict(zip(columns, fields, strict=True))
             elif fields:
