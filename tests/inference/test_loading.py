@@ -10,6 +10,7 @@ from mabert import MaBertForMaskedLM
 from mabert.data.tokenizer import TokenizerError
 from mabert.inference.loading import (
     ModelFolderError,
+    default_device,
     load_config,
     load_matching_tokenizer,
     load_model,
@@ -101,6 +102,13 @@ def test_tokenizer_must_be_there_and_fit(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match="holds no tokenizer"):
         load_matching_tokenizer(folder, config)
+
+
+def test_the_device_is_the_accelerator_where_one_is_there(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    for available, device in ((True, "xpu"), (False, "cpu")):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda available=available: available)
+        assert default_device() == torch.device(device)
 
 
 def test_longest_sequence(tmp_path):

@@ -142,7 +142,7 @@ class RunOptions(TypedDict, total=False):
 
 
 class Runner:
-    """A model folder, loaded into `auto_class` on the GPU where there is one, ready to run over texts."""
+    """A model folder, loaded into `auto_class` on the accelerator where there is one, ready to run over texts."""
 
     def __init__(
         self,

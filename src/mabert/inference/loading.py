@@ -106,8 +106,9 @@ def longest_sequence(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFas
 
 
 def default_device() -> torch.device:
-    """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator (a GPU, say), where there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def _in_encoder(model: PreTrainedModel, key: str) -> bool:
