@@ -49,6 +49,14 @@ def test_regression_gives_numbers(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_several_labels_or_numbers_a_text_are_refused(tmp_path, kind):
+    folder = write_classifier(tmp_path, problem_type=kind)
+    with pytest.raises(ModelFolderError, match=f"trained for {kind} with 2 labels, and a prediction is one label"):
+        predict(TEXTS, model_folder=folder)
+    predict(TEXTS, model_folder=write_classifier(tmp_path, problem_type="single_label_classification"))
+
+
 def test_long_texts_are_refused_or_cut_the_longer_of_a_pair_first(folder, caplog):
     long = ["cat " * 40]
     with pytest.raises(ValueError, match=r"text 1 has 42 tokens, more than 32"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from mabert.data.tables import read_table
 from mabert.files import atomic_write
 from mabert.inference.batches import Runner, RunOptions, progress_bar
+from mabert.inference.loading import ModelFolderError
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ def predict(
 ) -> list[Prediction]:
     """One prediction a text, or a text and its partner in `pairs`. For the options see `RunOptions`.
 
+    The labels of a model exclude each other; one that gives a text several labels or numbers is refused.
+
     Raises:
-        ModelFolderError: the folder cannot be used, or holds no trained classification head.
+        ModelFolderError: the folder cannot be used, holds no trained classification head, or one of several labels
+            (`multi_label_classification`) or numbers a text.
         ValueError: there are no texts, or one is longer than `max_length` tokens and not to be cut.
     """
     return _predict(texts, pairs, model_folder, "text", **options)
@@ -65,7 +69,7 @@ def predict_file(
 
 
 def predictions_of(logits: np.ndarray, labels: Sequence[str]) -> list[Prediction]:
-    """Read logits (n, labels) as labels with their probabilities; those of a single label are the numbers."""
+    """Read logits (n, labels) as labels with their softmax; those of a single label are the numbers."""
     if len(labels) == 1:
         return [Prediction(float(value), {}) for value in logits[:, 0]]
     powers = np.exp(logits - logits.max(1, keepdims=True))
@@ -81,11 +85,18 @@ def _predict(
     **options: Unpack[RunOptions],
 ) -> list[Prediction]:
     runner = Runner(AutoModelForSequenceClassification, model_folder, **options)
+    config = runner.model.config
+    kind = "regression" if config.num_labels == 1 else "single_label_classification"
+    if config.problem_type not in (None, kind):
+        raise ModelFolderError(
+            f"{model_folder} was trained for {config.problem_type} with {config.num_labels} labels, and a prediction "
+            "is one label or one number a text: read the logits of AutoModelForSequenceClassification instead"
+        )
     features, cut = runner.tokenize(texts, pairs, name=name)
     runner.say_cut(cut, len(texts))
     with progress_bar("predicting", len(texts), runner.console) as advance:
         logits = runner.run(features, lambda inputs: runner.model(**inputs).logits, advance)
-    return predictions_of(logits, [label for _, label in sorted((runner.model.config.id2label or {}).items())])
+    return predictions_of(logits, [label for _, label in sorted((config.id2label or {}).items())])
 
 
 def _tsv(predictions: Sequence[Prediction]) -> list[str]:
