@@ -87,6 +87,21 @@ def test_an_existing_folder_is_refused_unless_it_is_empty(tmp_path):
     assert names(tmp_path) == ["file", "target"]
 
 
+def appear(path, kind):
+    if kind == "folder":
+        path.mkdir()
+    (path / "file" if kind == "folder" else path).write_text("early")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_appeared_meanwhile_is_refused(tmp_path, kind):
+    target = tmp_path / "target"
+    with pytest.raises(FileExistsError, match="target exists already"), atomic_folder(target):
+        appear(target, kind)
+    assert names(tmp_path) == ["target"]
+    assert (target / "file" if kind == "folder" else target).read_text() == "early"
+
+
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_replace_exchanges_old_and_new(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:

@@ -48,12 +48,13 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Give an empty temporary folder that becomes ``path`` when the block ends without an error.
 
     Everything in it is fsynced before it is renamed; after an error it is removed and ``path`` is as it was. An
-    existing ``path`` that is not an empty folder is refused (FileExistsError) unless ``replace=True``, which exchanges
-    old and new in one step where the system can (Linux), so that a complete version is there at every moment.
+    existing ``path`` that is not an empty folder is refused (FileExistsError), also one that appeared meanwhile,
+    unless ``replace=True``, which exchanges old and new in one step where the system can (Linux), so that a complete
+    version is there at every moment.
     """
     path = Path(path).resolve()
     if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already; choose another folder or delete it first")
+        raise _exists_already(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     temporary.mkdir()
@@ -64,10 +65,10 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 for name in files:
                     _fsync(Path(folder, name))
                 _fsync(Path(folder))
-        if path.exists():
+        if replace and path.exists():
             _exchange(temporary, path)
         else:
-            temporary.rename(path)
+            _rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -102,6 +103,22 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exists_already(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} exists already; choose another folder or delete it first")
+
+
+def _rename(new: Path, path: Path) -> None:
+    """Rename a folder to where there is none, or an empty one; the system refuses anything else in the same step."""
+    if os.name == "nt" and path.is_dir() and not any(path.iterdir()):
+        path.rmdir()  # Windows renames to no existing folder
+    try:
+        new.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise _exists_already(path) from error
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -7,11 +7,11 @@ from tiny_pretraining import LENGTHS, MODEL, config
 
 from mabert.config import MaBertConfig
 from mabert.data.rows import Rows
-from mabert.data.shards import ShardsError
-from mabert.data.tokenizer import train_tokenizer
+from mabert.data.shards import ShardsError, prepare_shards
+from mabert.data.tokenizer import load_tokenizer, train_tokenizer
 from mabert.inference.loading import ModelFolderError
 from mabert.models import MaBertForMaskedLM, MaBertForSequenceClassification
-from mabert.training.plan import estimate, plan
+from mabert.training.plan import estimate, plan, prepare_rows
 from mabert.training.pretrain import pretrain
 
 
@@ -64,6 +64,22 @@ def test_shards_of_another_tokenizer_or_text_are_refused(prepared, shards, tmp_p
     (tmp_path / "other.txt").write_text("the cat is in the house .")
     with pytest.raises(ShardsError, match="holds shards of other text"):
         plan(config(prepared, train=tmp_path / "other.txt"))
+
+
+def test_two_processes_that_tokenise_at_once_share_the_shards_of_the_quicker_one(prepared, tmp_path):
+    choices = config(prepared, shards=tmp_path / "shards")
+    tokenizer = load_tokenizer(choices.tokenizer)
+    built = []
+
+    def be_quicker(*_):
+        if not built:
+            built.append(prepare_shards(choices.train, tokenizer, tmp_path / "shards" / "train"))
+            built.append((tmp_path / "shards" / "train" / "manifest.json").stat().st_ino)
+
+    train, _ = prepare_rows(choices, tokenizer, be_quicker)
+    assert len(train[0]) > 0
+    assert (tmp_path / "shards" / "train" / "manifest.json").stat().st_ino == built[1]
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["train"]
 
 
 def test_a_model_to_start_from_brings_its_architecture(prepared, shards, tmp_path):

@@ -8,6 +8,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -156,9 +157,10 @@ def prepare_shards(
     """
     folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return build_shards(
-            sources, tokenizer, folder, text_column=text_column, shard_tokens=shard_tokens, progress=progress
-        )
+        with suppress(FileExistsError):  # another process was quicker: its shards are as good, if they are the same
+            return build_shards(
+                sources, tokenizer, folder, text_column=text_column, shard_tokens=shard_tokens, progress=progress
+            )
     shards = Shards(folder, tokenizer)
     known = shards.manifest["sources"]
     corpus = Corpus(sources, text_column=text_column)
