@@ -22,7 +22,7 @@ from mabert.files import atomic_folder
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-MANIFEST, OFFSETS, UNIGRAM_COUNTS = "manifest.json", "document_offsets.npy", "unigram_counts.npy"
+MANIFEST, OFFSETS = "manifest.json", "document_offsets.npy"
 BATCH_CHARS = 2**20  # a batch of encodings takes about a hundred times this many bytes
 
 Progress = Callable[[float | None, int, int], None]
@@ -54,7 +54,6 @@ class Shards:
         self._file_starts = np.cumsum([0, *counts])
         offsets = np.load(self.folder / OFFSETS)
         self.document_starts, self.document_lengths = offsets[:-1], np.diff(offsets)
-        self._is_whole = True
         self._open_files: dict[int, np.ndarray] = {}
 
     @property
@@ -97,16 +96,6 @@ class Shards:
             return self._file(first)[start - begin : stop - begin]
         return np.concatenate([self._file(first)[start - begin :], self.tokens(end, stop)])
 
-    @property
-    def unigram_counts(self) -> np.ndarray:
-        """How often each token id occurs in these documents, (vocab_size,) int64."""
-        if self._is_whole:
-            return np.load(self.folder / UNIGRAM_COUNTS)
-        counts = np.zeros(self.vocab_size, np.int64)
-        for start, length in zip(self.document_starts.tolist(), self.document_lengths.tolist(), strict=True):
-            np.add.at(counts, self.tokens(start, start + length), 1)
-        return counts
-
     def split(self, valid_fraction: float, seed: int) -> tuple[Shards, Shards]:
         """Part the documents into (train, held-out).
 
@@ -128,7 +117,6 @@ class Shards:
         part = copy.copy(self)
         part.document_starts = self.document_starts[documents]
         part.document_lengths = self.document_lengths[documents]
-        part._is_whole = False
         return part
 
     def _file(self, index: int) -> np.ndarray:
@@ -190,7 +178,6 @@ def build_shards(
     corpus = Corpus(sources, text_column=text_column)
     vocab_size = len(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    counts = np.zeros(vocab_size, np.int64)
     offsets = array("q", [0])
     with atomic_folder(folder) as temporary:
         writer = _ShardWriter(temporary, dtype, shard_tokens)
@@ -198,14 +185,12 @@ def build_shards(
             for ids in documents:
                 writer.write(ids)
                 offsets.append(offsets[-1] + len(ids))
-            counts += np.bincount(np.concatenate(documents), minlength=vocab_size)
             if progress is not None:
                 progress(corpus.fraction, len(offsets) - 1, offsets[-1])
         writer.close()
         if offsets[-1] == 0:
             raise ShardsError(f"the tokenizer finds no token in {', '.join(map(str, corpus.sources))}")
         np.save(temporary / OFFSETS, np.asarray(offsets))
-        np.save(temporary / UNIGRAM_COUNTS, counts)
         manifest = {
             "format": FORMAT,
             "sources": [_describe(source) for source in corpus.sources],
