@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from mabert.config import MaBertConfig
+from mabert.data.mlm import MlmCollator
 from mabert.models import MaBertForMaskedLM, MaBertForSequenceClassification, MaBertModel, MaBertPreTrainedModel
 
 AutoConfig.register(MaBertConfig.model_type, MaBertConfig)
@@ -16,4 +17,5 @@ __all__ = [
     "MaBertForSequenceClassification",
     "MaBertModel",
     "MaBertPreTrainedModel",
+    "MlmCollator",
 ]

@@ -1,4 +1,7 @@
-"""Masked language modelling: BERT's 80/10/10, with randomness that depends on the sample's place alone."""
+"""Masked language modelling: BERT's 80/10/10, with randomness that depends on the sample's place alone.
+
+`MlmDataset` masks packed rows for `mabert.training`; `MlmCollator` masks tokenised examples for a Trainer of your own.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class MlmDataset(Dataset[dict[str, torch.Tensor]]):
     """``dataset[(stage, epoch, index)] -> {"input_ids", "seq_idx", "labels"}``, each (length of the stage's rows,).
 
     What is masked in a row is a function of (seed, stage, epoch, index) alone: the same in any process, in any order.
-    An int i means (0, 0, i): held-out rows with masks that never change. Special tokens are never selected nor put in.
+    Special tokens are never selected nor put in.
     """
 
     def __init__(
@@ -70,8 +73,8 @@ class MlmDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return sum(map(len, self.stages))
 
-    def __getitem__(self, key: Key | int) -> dict[str, torch.Tensor]:
-        stage, epoch, index = key if isinstance(key, tuple) else (0, 0, key)
+    def __getitem__(self, key: Key) -> dict[str, torch.Tensor]:
+        stage, epoch, index = key
         ids, seq_idx = self.stages[stage][index]
         input_ids, labels = self._masking(ids, _generator(self.seed, _MASKS, stage, epoch, index))
         arrays = {"input_ids": input_ids, "seq_idx": seq_idx, "labels": labels}
@@ -89,6 +92,14 @@ class MlmCollator:
     Examples hold ``input_ids`` and what else the tokenizer gave; ``attention_mask`` is in the batch, pads and special
     tokens are never selected. In the main process the masks follow from ``seed`` and the number of batches made so
     far; in a data loader's worker from ``seed`` and the worker's own seed, so `torch.manual_seed` repeats them.
+
+    Example::
+
+        tokenizer = AutoTokenizer.from_pretrained("runs/tiny")
+        model = AutoModelForMaskedLM.from_pretrained("runs/tiny")
+        lines = load_dataset("text", data_files="text.txt", split="train")
+        examples = lines.map(lambda line: tokenizer(line["text"], truncation=True), remove_columns="text")
+        Trainer(model, TrainingArguments("out"), MlmCollator(tokenizer), examples).train()
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, mlm_probability: float = 0.15, seed: int = 0) -> None:
