@@ -70,6 +70,7 @@ def test_it_learns_what_the_majority_class_does_not_know(learned):
 
 def test_the_folder_holds_the_model_and_nothing_half_done(learned):
     assert sorted(path.name for path in learned.output.iterdir()) == [
+        ".lock",
         "config.json",
         "finetune_config.json",
         "log.jsonl",

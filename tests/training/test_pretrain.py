@@ -65,6 +65,7 @@ def test_the_output_is_a_model_folder(finished):
     position = batch["input_ids"][0].tolist().index(tokenizer.mask_token_id)
     assert tokenizer.decode(logits[position].argmax()) == "are"
     assert sorted(path.name for path in choices.output.iterdir()) == [
+        ".lock",
         "checkpoint-100",
         "checkpoint-150",
         "config.json",

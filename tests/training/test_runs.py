@@ -1,10 +1,16 @@
+import signal
+import subprocess
+import sys
+
 import pytest
+import tiny_finetuning
 import torch
 from rich.console import Console
 from tiny_pretraining import config
 from transformers import AutoModelForMaskedLM
 
 from mabert.training.checkpoints import list_checkpoints
+from mabert.training.finetune import finetune
 from mabert.training.pretrain import PretrainTrainer, pretrain
 
 
@@ -27,3 +33,35 @@ def test_a_checkpoint_never_holds_weights_that_are_no_numbers(prepared, shards, 
     assert pretrain(choices, console=Console(quiet=True)).steps == 4
     model = AutoModelForMaskedLM.from_pretrained(choices.output)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mabert.training.runs import _locked
+with _locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def pretrain_in(prepared, output):
+    return config(prepared, output=str(output), steps=2), pretrain
+
+
+def finetune_in(prepared, output):
+    return tiny_finetuning.config(tiny_finetuning.prepare(output.parent), output), finetune
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+@pytest.mark.parametrize("kind", [pretrain_in, finetune_in])
+def test_one_run_at_a_time_trains_in_a_folder(prepared, shards, tmp_path, kind):
+    choices, train = kind(prepared, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(BlockingIOError, match=rf"another process \(pid {other.pid}\) is training in .*run: wait"):
+            train(choices, console=Console(quiet=True))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        other.send_signal(signal.SIGKILL)
+    assert train(choices, console=Console(quiet=True)).steps > 0

@@ -28,21 +28,21 @@ from transformers import (
     get_linear_schedule_with_warmup,
     set_seed,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mabert.files import atomic_folder, atomic_write, remove_leftovers
+from mabert.files import atomic_folder, atomic_write
 from mabert.inference.batches import map_batches, progress_bar
 from mabert.inference.loading import load_config, load_model
 from mabert.inference.predict import predictions_of
 from mabert.training.batches import train_loader
 from mabert.training.callbacks import JsonLines, TrainingProgress, read_lines, without_progress_bars
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint, list_checkpoints
-from mabert.training.finetune_config import CONFIG_FILE, FinetuneConfig
+from mabert.training.finetune_config import FinetuneConfig
 from mabert.training.finetune_data import FinetuneData, Split
 from mabert.training.finetune_plan import FinetunePlan, estimate_finetune, plan_finetune
 from mabert.training.metrics import compute_metrics, majority_baseline
 from mabert.training.optim import adamw
-from mabert.training.runs import RunTrainer, environment, publish
+from mabert.training.runs import RunTrainer, claimed, environment, publish, training_arguments
 
 __all__ = ["FinetuneConfig", "FinetunePlan", "FinetuneResult", "estimate_finetune", "finetune", "plan_finetune"]
 
@@ -112,6 +112,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Finet
 
     Raises:
         ValueError: the model folder or a file cannot be used, or the choices do not fit them or an earlier run.
+        BlockingIOError: another process is training in `config.output`.
         TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved first.
         FloatingPointError: the loss became NaN or infinite.
     """
@@ -121,8 +122,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Finet
         _say(console, [f"{config.output} is finished already."])
         return read_result(config.output)
     planned = plan_finetune(config)
-    _claim(config)
-    with without_progress_bars():
+    with claimed(config), without_progress_bars():
         return _run(planned, console)
 
 
@@ -295,39 +295,18 @@ def _say(console: Console, lines: Sequence[str]) -> None:
 
 def _training_arguments(planned: FinetunePlan) -> TrainingArguments:
     config = planned.config
-    args = TrainingArguments(
-        output_dir=str(config.output),
-        seed=config.seed,
-        max_steps=planned.schedule.steps,
-        per_device_train_batch_size=config.forward_size,
-        gradient_accumulation_steps=config.batch_size // config.forward_size,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
-        use_cpu=not torch.accelerator.is_available(),
-        ignore_data_skip=True,  # the sampler begins at the right step
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
+    args = training_arguments(
+        config,
+        steps=planned.schedule.steps,
+        micro_batch_size=config.forward_size,
+        accumulation=config.batch_size // config.forward_size,
         save_total_limit=1,
         logging_strategy="no",
-        disable_tqdm=True,
         report_to=[],
     )
     if args.world_size > 1:
         raise ValueError(f"fine-tuning runs in one process, not in {args.world_size}: start it without torchrun")
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs would become DataParallel
     return args
-
-
-def _claim(config: FinetuneConfig) -> None:
-    """Begin a run in the output folder, or make sure that the one in it is this one."""
-    output = config.output
-    if (output / CONFIG_FILE).exists():
-        config.check_resumes(output)
-    elif output.is_dir() and (list_checkpoints(output) or (output / CONFIG_NAME).exists()):
-        raise ValueError(f"{output} holds another model or its checkpoints: choose an output folder for this run.")
-    output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output)
-    config.save(output)
 
 
 def _load_classifier(planned: FinetunePlan) -> PreTrainedModel:

@@ -1,28 +1,26 @@
 """Every choice of a fine-tuning run, in one frozen object that is saved beside its results."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from mabert.config import CHOICES
 from mabert.data.glue import glue_task
-from mabert.files import atomic_write
-
-CONFIG_FILE = "finetune_config.json"
-MAY_CHANGE_ON_RESUME = frozenset(("output", "micro_batch_size", "checkpoint_every", "log_every", "workers"))
-"""Fields that change neither the data nor the mathematics of a run."""
+from mabert.training.run_config import RunConfig
 
 Selection = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """A fine-tuning run on a GLUE task, or on tables of one's own.
 
     Raises:
         ValueError: a value is out of range or two of them contradict each other; the message names the field.
     """
+
+    file_name = "finetune_config.json"
+    may_change_on_resume = frozenset(("output", "micro_batch_size", "checkpoint_every", "log_every", "workers"))
 
     model: Path
     """Model folder to start from, of any encoder that transformers' Auto classes know."""
@@ -136,30 +134,6 @@ class FinetuneConfig:
         """The settings of the model that are replaced, with their new values."""
         given = ((name, getattr(self, name)) for name in ("execution", "psm", "pooling"))
         return tuple((name, value) for name, value in given if value is not None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return json.loads(json.dumps(asdict(self), default=str))
-
-    def save(self, folder: Path) -> None:
-        """Write the fields to `finetune_config.json` in `folder`."""
-        with atomic_write(folder / CONFIG_FILE, "w") as file:
-            json.dump(self.to_dict(), file, indent=2)
-            file.write("\n")
-
-    def check_resumes(self, folder: Path) -> None:
-        """Raise ValueError, naming the fields, if the run in `folder` was begun with other choices than these."""
-        before, now = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), self.to_dict()
-        changed = [
-            f"{name} was {before.get(name)!r}, is now {now[name]!r}"
-            for name in now
-            if before.get(name) != now[name] and name not in MAY_CHANGE_ON_RESUME
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other choices: {'; '.join(changed)}. "
-                "Take the old values to go on with it, or another output folder for a new run."
-            )
 
 
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneConfig)}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,12 +18,11 @@ from transformers import (
     get_linear_schedule_with_warmup,
     set_seed,
 )
-from transformers.utils import CONFIG_NAME
 
 from mabert.data.mlm import MlmDataset
 from mabert.data.rows import Rows
 from mabert.data.tokenizer import load_tokenizer
-from mabert.files import atomic_write, remove_leftovers
+from mabert.files import atomic_write
 from mabert.inference.loading import load_model
 from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import StagedBatchSampler, train_loader
@@ -35,17 +34,13 @@ from mabert.training.callbacks import (
     read_lines,
     without_progress_bars,
 )
-from mabert.training.checkpoints import (
-    checkpoint_step,
-    latest_complete_checkpoint,
-    list_checkpoints,
-)
+from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint
 from mabert.training.estimate import Estimate
 from mabert.training.held_out import HeldOut, evaluate_held_out
 from mabert.training.optim import adamw
 from mabert.training.plan import PretrainPlan, estimate, plan, prepare_rows
-from mabert.training.pretrain_config import CONFIG_FILE, PretrainConfig
-from mabert.training.runs import RunTrainer, environment, publish
+from mabert.training.pretrain_config import PretrainConfig
+from mabert.training.runs import RunTrainer, claimed, environment, publish, training_arguments
 
 __all__ = [
     "Estimate",
@@ -97,12 +92,14 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Pretr
 
     Raises:
         ValueError: the choices do not fit the text, the tokenizer or an earlier run in `config.output`.
+        BlockingIOError: another process is training in `config.output`.
         TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved first.
         FloatingPointError: the loss became NaN or infinite.
     """
     planned = plan(config)
     console = Console(quiet=True) if planned.layout.rank else console or Console(stderr=True)
-    with _own_process_group(), without_progress_bars():
+    claim = nullcontext() if planned.layout.rank else claimed(config)
+    with claim, _own_process_group(), without_progress_bars():
         return _run(planned, console)
 
 
@@ -112,8 +109,6 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
     is_first = args.process_index == 0
     tokenizer = load_tokenizer(config.tokenizer)
     with args.main_process_first(local=False):
-        if is_first:
-            _claim(config)
         is_finished = (output / METRICS).exists()
         if not is_finished:
             with TokenisingProgress(console) as report:
@@ -256,44 +251,22 @@ class PretrainTrainer(RunTrainer):
 
 def _training_arguments(planned: PretrainPlan) -> TrainingArguments:
     config = planned.config
-    use_cpu = not torch.accelerator.is_available()
-    args = TrainingArguments(
-        output_dir=str(config.output),
-        seed=config.seed,
-        max_steps=planned.schedule.steps,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=planned.layout.accumulation,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
-        use_cpu=use_cpu,
-        ddp_backend="gloo" if use_cpu and planned.layout.world_size > 1 else None,
+    on_cpu = not torch.accelerator.is_available()
+    return training_arguments(
+        config,
+        steps=planned.schedule.steps,
+        micro_batch_size=config.micro_batch_size,
+        accumulation=planned.layout.accumulation,
+        ddp_backend="gloo" if on_cpu and planned.layout.world_size > 1 else None,
         ddp_find_unused_parameters=False,
         ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenises the text
-        ignore_data_skip=True,  # the sampler begins at the right step
         eval_strategy="steps",
         eval_steps=config.eval_every,
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
         save_total_limit=config.keep_checkpoints,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
-        disable_tqdm=True,
         report_to=["tensorboard"] if config.tensorboard else [],
     )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs without torchrun would become DataParallel
-    return args
-
-
-def _claim(config: PretrainConfig) -> None:
-    """Begin a run in the output folder, or make sure that the one in it is this one."""
-    output = config.output
-    if (output / CONFIG_FILE).exists():
-        config.check_resumes(output)
-    elif output.is_dir() and (list_checkpoints(output) or (output / CONFIG_NAME).exists()):
-        raise ValueError(f"{output} holds another model or its checkpoints: choose an output folder for this run.")
-    output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output)
-    config.save(output)
 
 
 @contextmanager

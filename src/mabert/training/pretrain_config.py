@@ -3,31 +3,17 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from mabert.config import MaBertConfig
 from mabert.data.rows import MIN_LENGTH, Packing
-from mabert.files import atomic_write
 from mabert.training.batches import WorldLayout
 from mabert.training.optim import BUDGET_MODES
-
-CONFIG_FILE = "pretrain_config.json"
+from mabert.training.run_config import RunConfig
 
 FROM_TOKENIZER = ("vocab_size", "pad_token_id")
-MAY_CHANGE_ON_RESUME = {
-    "output",
-    "shards",
-    "micro_batch_size",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "workers",
-    "tensorboard",
-}
-"""Fields that change neither the data nor the mathematics of a run."""
 
 _PATHS = ("tokenizer", "output", "shards", "init_from")
 _SOURCES = ("train", "valid")
@@ -35,7 +21,7 @@ _TUPLES = ("stage_lengths", "stage_fractions", "betas")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(RunConfig):
     """A pretraining run. The defaults are the paper's, with our choices where it is silent.
 
     Paths may be given as strings, one source without a tuple around it, `model` as a mapping of its fields.
@@ -43,6 +29,21 @@ class PretrainConfig:
     Raises:
         ValueError: a value is out of range or two of them contradict each other; the message names the field.
     """
+
+    file_name = "pretrain_config.json"
+    may_change_on_resume = frozenset(
+        [
+            "output",
+            "shards",
+            "micro_batch_size",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "workers",
+            "tensorboard",
+        ]
+    )
 
     train: tuple[str, ...]
     """Text to train on: files, folders, globs, `hf://` names."""
@@ -167,33 +168,13 @@ class PretrainConfig:
             check_trainable(self.model, self.stage_lengths)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        """All fields as JSON values; of the model, what differs from the default and is not the tokenizer's."""
+        values = super().to_dict()
         if isinstance(self.model, MaBertConfig):
             left_out = {"transformers_version", *FROM_TOKENIZER}
-            values["model"] = {k: v for k, v in self.model.to_diff_dict().items() if k not in left_out}
-        return json.loads(json.dumps(values, default=str))
-
-    def save(self, folder: Path) -> None:
-        """Write the fields to `pretrain_config.json` in `folder`."""
-        with atomic_write(folder / CONFIG_FILE, "w") as file:
-            json.dump(self.to_dict(), file, indent=2)
-            file.write("\n")
-
-    def check_resumes(self, folder: Path) -> None:
-        """Raise ValueError, naming the fields, if the run in `folder` was begun with other choices than these."""
-        saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        before, now = _flat(saved), _flat(self.to_dict())
-        changed = [
-            f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name not in MAY_CHANGE_ON_RESUME
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other choices: {'; '.join(changed)}. "
-                "Take the old values to go on with it, or another output folder for a new run."
-            )
+            model = {k: v for k, v in self.model.to_diff_dict().items() if k not in left_out}
+            values["model"] = json.loads(json.dumps(model, default=str))
+        return values
 
 
 def check_trainable(model: MaBertConfig, stage_lengths: tuple[int, ...]) -> None:
@@ -208,9 +189,3 @@ def check_trainable(model: MaBertConfig, stage_lengths: tuple[int, ...]) -> None
             f"stage_lengths={stage_lengths} exceed max_position_embeddings={model.max_position_embeddings}: "
             "raise model.max_position_embeddings or shorten the rows."
         )
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lift the model's fields to the top level, as `model.<name>`."""
-    model = values.get("model") or {}
-    return {k: v for k, v in values.items() if k != "model"} | {f"model.{k}": v for k, v in model.items()}

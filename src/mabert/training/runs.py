@@ -1,8 +1,12 @@
 """What pretraining and fine-tuning have in common: a run that logs every step, can be stopped and goes on."""
 
+import errno
+import os
 import platform
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from mabert.files import atomic_folder
+from mabert.files import atomic_folder, remove_leftovers
 from mabert.training.callbacks import (
     AGAINST_DIVERGENCE,
     JsonLines,
@@ -27,7 +31,13 @@ from mabert.training.callbacks import (
     TrainingInterruptedError,
     TrainingProgress,
 )
-from mabert.training.checkpoints import AtomicCheckpointTrainer
+from mabert.training.checkpoints import AtomicCheckpointTrainer, list_checkpoints
+from mabert.training.run_config import RunConfig
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK = ".lock"
 
 
 class RunTrainer(AtomicCheckpointTrainer):
@@ -92,6 +102,72 @@ class RunTrainer(AtomicCheckpointTrainer):
         for lines in self.logs:
             lines.sync()  # a resume relies on every line up to the checkpoint's step
         super()._save_checkpoint(model, trial)
+
+
+@contextmanager
+def claimed(config: RunConfig) -> Iterator[None]:
+    """Begin a run in its output folder, or make sure that the one in it is this one; nobody else runs there meanwhile.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with other choices.
+        BlockingIOError: another process is training there.
+    """
+    output = config.output
+    is_run = (output / config.file_name).exists()
+    if not is_run and output.is_dir() and (list_checkpoints(output) or (output / CONFIG_NAME).exists()):
+        raise ValueError(f"{output} holds another model or its checkpoints: choose an output folder for this run.")
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        if (output / config.file_name).exists():
+            config.check_resumes(output)
+        remove_leftovers(output)
+        config.save(output)
+        yield
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the folder's lock. The system frees it when the process ends, however it ends."""
+    with (output / LOCK).open("a+", encoding="utf-8") as file:
+        if sys.platform != "win32":
+            try:
+                # Not flock: the data loader's workers would inherit it, and keep it for seconds after a kill.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                file.seek(0)
+                raise BlockingIOError(
+                    f"another process (pid {file.read().strip()}) is training in {output}: wait for it, or choose "
+                    "another output folder"
+                ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def training_arguments(
+    config: RunConfig, *, steps: int, micro_batch_size: int, accumulation: int, **choices: Any
+) -> TrainingArguments:
+    """The Trainer's arguments as every run has them, and `choices`."""
+    args = TrainingArguments(
+        output_dir=str(config.output),
+        seed=config.seed,
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        ignore_data_skip=True,  # the sampler begins at the right step
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        disable_tqdm=True,
+        **choices,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs without torchrun would become DataParallel
+    return args
 
 
 def publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

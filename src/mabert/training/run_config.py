@@ -1,0 +1,58 @@
+"""What the choices of every run have in common: they are saved beside its results, and a run goes on with the same."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mabert.files import atomic_write
+
+
+class RunConfig:
+    """Base of the frozen dataclasses that hold a run's choices."""
+
+    file_name: ClassVar[str]
+    """Of the file in the run's folder that holds them."""
+    may_change_on_resume: ClassVar[frozenset[str]]
+    """Fields that change neither the data nor the mathematics of a run."""
+
+    output: Path
+    seed: int
+    max_grad_norm: float
+    bf16: bool
+    checkpoint_every: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return json.loads(json.dumps(values, default=str))
+
+    def save(self, folder: Path) -> None:
+        """Write the fields to `file_name` in `folder`."""
+        with atomic_write(folder / self.file_name, "w") as file:
+            json.dump(self.to_dict(), file, indent=2)
+            file.write("\n")
+
+    def check_resumes(self, folder: Path) -> None:
+        """Raise ValueError, naming the fields, if the run in `folder` was begun with other choices than these."""
+        saved = json.loads((folder / self.file_name).read_text(encoding="utf-8"))
+        before, now = _flat(saved), _flat(self.to_dict())
+        changed = [
+            f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name not in self.may_change_on_resume
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other choices: {'; '.join(changed)}. "
+                "Take the old values to go on with it, or another output folder for a new run."
+            )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lift the fields of a field, as the model's, to the top level as `model.<name>`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
