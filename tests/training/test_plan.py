@@ -129,3 +129,20 @@ def test_the_estimate_counts_bytes_and_seconds(prepared, shards):
     assert min(measured.step_seconds) > 0
     half = estimate(plan(config(prepared, micro_batch_size=2)))
     assert half.activations == pytest.approx(measured.activations / 2, rel=0.03)
+
+
+def test_the_estimate_runs_two_sequences_and_extrapolates_to_the_micro_batch(prepared, shards, monkeypatch):
+    planned = plan(config(prepared, micro_batch_size=8))
+    sizes, original = [], MaBertForMaskedLM.forward
+
+    def watch(self, input_ids, **inputs):
+        sizes.append(len(input_ids))
+        return original(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(MaBertForMaskedLM, "forward", watch)
+    extrapolated = estimate(planned)
+    assert set(sizes) == {2}
+    monkeypatch.setattr("mabert.training.plan.MEASURED_SEQUENCES", 8)
+    whole = estimate(planned)
+    assert set(sizes) == {2, 8}
+    assert extrapolated.activations == pytest.approx(whole.activations, rel=0.15)

@@ -15,7 +15,7 @@ from mabert.training.optim import adamw
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time and memory of a run on this machine, extrapolated from one micro-batch of each kind."""
+    """Time and memory of a run on this machine, extrapolated from a few sequences of each kind."""
 
     seconds: float
     """Of the whole run, without evaluations, checkpoints and waiting for other processes."""
@@ -40,11 +40,13 @@ def measure(
     *,
     steps: Sequence[int],
     accumulation: int,
+    scale: float = 1.0,
     bf16: bool,
 ) -> Estimate:
     """Measure one forward and backward pass of each micro-batch, and one optimizer step.
 
-    The run takes `steps[i]` optimizer steps with micro-batches like `batches[i]`, `accumulation` of them each.
+    The run takes `steps[i]` optimizer steps with micro-batches like `batches[i]` but `scale` times as many sequences,
+    `accumulation` of them each. Time and activations grow in proportion to the sequences.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model.to(device).train()  # type: ignore[arg-type]
@@ -62,7 +64,7 @@ def measure(
         micro_seconds.append(_seconds(forward_backward, device))
     optimizer.step()  # the first step makes the moments
     optimizer_seconds = _seconds(optimizer.step, device)
-    step_seconds = tuple(accumulation * seconds + optimizer_seconds for seconds in micro_seconds)
+    step_seconds = tuple(accumulation * scale * seconds + optimizer_seconds for seconds in micro_seconds)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return Estimate(
         seconds=sum(count * seconds for count, seconds in zip(steps, step_seconds, strict=True)),
@@ -70,7 +72,7 @@ def measure(
         weights=weights,
         gradients=weights,
         optimizer=2 * weights,
-        activations=max(saved),
+        activations=round(scale * max(saved)),
     )
 
 

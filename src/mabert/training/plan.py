@@ -21,6 +21,7 @@ from mabert.training.pretrain_config import PretrainConfig, check_trainable
 
 # CHOICE: the split does not depend on the run's seed, so that runs with other seeds are measured on the same documents
 SPLIT_SEED = 0
+MEASURED_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,23 @@ def _is_tokenised(config: PretrainConfig) -> bool:
 
 
 def estimate(plan: PretrainPlan) -> Estimate:
-    """Measure one forward and backward pass of each stage's micro-batch, and one optimizer step, on random tokens."""
+    """Measure one forward and backward pass of each stage, and one optimizer step, on random tokens.
+
+    A whole micro-batch may need more memory than this machine has; two of its sequences tell what it takes.
+    """
+    sequences = min(plan.config.micro_batch_size, MEASURED_SEQUENCES)
     return measure(
         MaBertForMaskedLM(plan.model),
-        [_random_batch(plan, length) for length in plan.config.stage_lengths],
+        [_random_batch(plan, sequences, length) for length in plan.config.stage_lengths],
+        scale=plan.config.micro_batch_size / sequences,
         steps=plan.schedule.stage_steps,
         accumulation=plan.layout.accumulation,
         bf16=plan.config.bf16,
     )
 
 
-def _random_batch(plan: PretrainPlan, length: int) -> dict[str, Tensor]:
-    shape = (plan.config.micro_batch_size, length)
+def _random_batch(plan: PretrainPlan, sequences: int, length: int) -> dict[str, Tensor]:
+    shape = (sequences, length)
     ids = torch.randint(plan.model.vocab_size, shape)
     is_masked = torch.rand(shape) < plan.config.mlm_probability
     return {"input_ids": ids, "seq_idx": torch.zeros_like(ids), "labels": ids.where(is_masked, -100)}
