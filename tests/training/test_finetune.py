@@ -14,10 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from mabert.inference.loading import ModelFolderError
 from mabert.inference.predict import predict
-from mabert.training import batches
+from mabert.training import batches, finetune_scores
 from mabert.training import finetune as door
 from mabert.training.callbacks import TrainingInterruptedError
 from mabert.training.finetune import FinetuneTrainer, estimate_finetune, finetune, plan_finetune, read_result
+from mabert.training.finetune_scores import BestEpoch
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def test_a_head_is_kept_if_it_knows_the_same_labels(prepared, tmp_path, labels, 
 def test_the_best_epoch_is_kept_and_dev_is_not_asked(prepared, tmp_path, monkeypatch):
     """Epoch 2 scores best on the rows that were held out for it; the run's model is the one after epoch 2."""
     seen, after = [], {}
-    original = door._score
+    original = finetune_scores.score
 
     def scripted(split, logits, data):
         result = original(split, logits, data)
@@ -287,14 +288,15 @@ def test_the_best_epoch_is_kept_and_dev_is_not_asked(prepared, tmp_path, monkeyp
             result.metrics["accuracy"] = [0.5, 0.9, 0.7][len(seen) - 1]
         return result
 
-    original_step = door._BestEpoch.on_step_end
+    original_step = BestEpoch.on_step_end
 
     def remember(self, args, state, control, model=None, **kwargs):
         original_step(self, args, state, control, model=model, **kwargs)
         after[state.global_step] = model.classifier.weight.detach().clone()
 
-    monkeypatch.setattr(door, "_score", scripted)
-    monkeypatch.setattr(door._BestEpoch, "on_step_end", remember)
+    for module in (door, finetune_scores):
+        monkeypatch.setattr(module, "score", scripted)
+    monkeypatch.setattr(BestEpoch, "on_step_end", remember)
     config = tiny_finetuning.config(prepared, tmp_path, select="best", epochs=3, max_train_rows=64)
     result = finetune(config)
     assert seen == ["selection", "selection", "selection", "dev"]
@@ -309,6 +311,29 @@ def test_the_best_epoch_is_kept_and_dev_is_not_asked(prepared, tmp_path, monkeyp
         (6, 3, 0.7),
     ]
     assert not (tmp_path / "best").exists()
+
+
+def test_a_bf16_run_selects_by_what_its_model_does_in_fp32(prepared, tmp_path, monkeypatch):
+    dtypes, original = {}, finetune_scores.split_logits
+
+    def watch(model, tokenizer, split, name, console):
+        seen = dtypes.setdefault(name, set())
+        with model.classifier.register_forward_hook(lambda module, _, output: seen.add(output.dtype)):
+            return original(model, tokenizer, split, name, console)
+
+    trained = []
+    step = FinetuneTrainer.training_step
+
+    def train(self, model, *args, **kwargs):
+        with model.classifier.register_forward_hook(lambda module, _, output: trained.append(output.dtype)):
+            return step(self, model, *args, **kwargs)
+
+    for module in (door, finetune_scores):
+        monkeypatch.setattr(module, "split_logits", watch)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", train)
+    finetune(tiny_finetuning.config(prepared, tmp_path, select="best", epochs=2, max_train_rows=64, bf16=True))
+    assert dtypes == {"selection": {torch.float32}, "dev": {torch.float32}}
+    assert set(trained) == {torch.bfloat16}  # also after the first selection
 
 
 # Stopping and going on

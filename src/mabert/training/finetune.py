@@ -1,7 +1,6 @@
 """Fine-tuning of an encoder on classification or regression, of single texts or pairs."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,67 +9,34 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import load_model as load_weights
-from safetensors.torch import save_model as save_weights
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     get_linear_schedule_with_warmup,
     set_seed,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mabert.files import atomic_folder, atomic_write
-from mabert.inference.batches import map_batches, progress_bar
+from mabert.files import atomic_write
 from mabert.inference.loading import load_config, load_model
-from mabert.inference.predict import predictions_of
 from mabert.training.batches import train_loader
 from mabert.training.callbacks import JsonLines, TrainingProgress, read_lines, without_progress_bars
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint, list_checkpoints
 from mabert.training.finetune_config import FinetuneConfig
-from mabert.training.finetune_data import FinetuneData, Split
 from mabert.training.finetune_plan import FinetunePlan, estimate_finetune, plan_finetune
-from mabert.training.metrics import compute_metrics, majority_baseline
+from mabert.training.finetune_scores import BEST, BestEpoch, SplitResult, score, split_logits, write_predictions
 from mabert.training.optim import adamw
 from mabert.training.runs import RunTrainer, claimed, environment, publish, training_arguments
 
 __all__ = ["FinetuneConfig", "FinetunePlan", "FinetuneResult", "estimate_finetune", "finetune", "plan_finetune"]
 
 STEP_LOG, SELECTION_LOG, METRICS = "log.jsonl", "selection.jsonl", "metrics.json"
-BEST, SCORES = "best", "scores.json"
-EVALUATION_BATCH_TOKENS = 8192
 # CHOICE: BERT's Adam, as every published fine-tuning of it
 BETAS, EPS = (0.9, 0.999), 1e-6
-
-
-@dataclass(frozen=True)
-class SplitResult:
-    """The scores on one set."""
-
-    rows: int
-    subset: str
-    """What to show beside the scores, see `Split.subset`."""
-    truncated: int
-    """Rows that were cut to `max_length` tokens."""
-    metrics: dict[str, float]
-    """The main one first."""
-    majority: dict[str, float]
-    """The metrics of always answering the most frequent class of train; empty for regression."""
-
-    def __str__(self) -> str:
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
-        baseline = ", ".join(f"{value:.4f}" for value in self.majority.values())
-        return f"{scores} (majority class {baseline})" if baseline else scores
 
 
 @dataclass(frozen=True)
@@ -170,9 +136,9 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
 
     splits = {}
     for name, split in data.evaluation.items():
-        logits = _logits(model, planned.tokenizer, split, name, console)
-        splits[name] = _score(split, logits, data)
-        _write_predictions(config.output / f"predictions-{name}.tsv", split, logits, data)
+        logits = split_logits(model, planned.tokenizer, split, name, console)
+        splits[name] = score(split, logits, data)
+        write_predictions(config.output / f"predictions-{name}.tsv", split, logits, data)
     publish(model, planned.tokenizer, config.output)
     _write_result(planned, args, splits, selection)
     for leftover in [*list_checkpoints(config.output), *config.output.glob(BEST)]:
@@ -189,7 +155,7 @@ class FinetuneTrainer(RunTrainer):
 
     def __init__(self, planned: FinetunePlan, *, logs: Sequence[JsonLines], model: PreTrainedModel, **kwargs: Any):
         self.plan = planned
-        self.best = _BestEpoch(planned, logs[1], kwargs["progress"]) if planned.data.selection else None
+        self.best = BestEpoch(planned, logs[1], kwargs["progress"]) if planned.data.selection else None
         super().__init__(
             steps=planned.schedule.steps,
             seed=planned.config.seed,
@@ -246,48 +212,6 @@ def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
     return total / num_items_in_batch
 
 
-class _BestEpoch(TrainerCallback):
-    """Scores each epoch on the rows held out for that, and keeps the weights of the best one in the run's folder."""
-
-    def __init__(self, planned: FinetunePlan, log: JsonLines, progress: TrainingProgress) -> None:
-        self.plan, self.log, self.progress = planned, log, progress
-        self.folder = planned.config.output / BEST
-        rows, size = len(planned.data.train), planned.config.batch_size
-        self.ends = {math.ceil(epoch * rows / size): epoch for epoch in range(1, planned.config.epochs + 1)}
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Score, at the end of an epoch."""
-        if (epoch := self.ends.get(state.global_step)) is None:
-            return
-        data = self.plan.data
-        assert data.selection is not None
-        result = _score(data.selection, _logits(model, self.plan.tokenizer, data.selection, "selection", None), data)
-        scores = result.metrics
-        self.log.append({"step": state.global_step, "epoch": epoch, **scores})
-        self.progress.note(f"epoch {epoch}, {len(data.selection)} rows held out of train: {result}")
-        main = data.metrics[0]
-        # The score is kept with the weights, so that a run that is killed between the two files never mixes them up.
-        if not self.folder.exists() or scores[main] > self._kept()[main]:
-            with atomic_folder(self.folder, replace=True) as folder:
-                save_weights(model, str(folder / SAFE_WEIGHTS_NAME))
-                (folder / SCORES).write_text(json.dumps({"epoch": epoch, **scores}), encoding="utf-8")
-
-    def restore(self, model: PreTrainedModel) -> dict[str, float]:
-        """Put the best epoch's weights into the model; return its number and scores."""
-        load_weights(model, self.folder / SAFE_WEIGHTS_NAME)
-        return self._kept()
-
-    def _kept(self) -> dict[str, float]:
-        return json.loads((self.folder / SCORES).read_text(encoding="utf-8"))
-
-
 def _say(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -321,45 +245,6 @@ def _load_classifier(planned: FinetunePlan) -> PreTrainedModel:
             if name != model.base_model_prefix:
                 model.get_submodule(name).load_state_dict(module.state_dict())
     return model
-
-
-def _logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: Split, name: str, console: Console | None
-) -> np.ndarray:
-    with progress_bar(f"evaluating {name}", len(split), console) as advance:
-        return map_batches(
-            model,
-            tokenizer,
-            split.features,
-            lambda inputs: model(**inputs).logits,
-            batch_tokens=EVALUATION_BATCH_TOKENS,
-            advance=advance,
-        )
-
-
-def _score(split: Split, logits: np.ndarray, data: FinetuneData) -> SplitResult:
-    predicted = logits[:, 0] if data.regression else logits.argmax(1)
-    return SplitResult(
-        rows=len(split),
-        subset=split.subset,
-        truncated=split.truncated,
-        metrics=compute_metrics(data.metrics, split.labels, predicted),
-        majority={} if data.regression else majority_baseline(data.metrics, data.train.labels, split.labels),
-    )
-
-
-def _write_predictions(path: Path, split: Split, logits: np.ndarray, data: FinetuneData) -> None:
-    """index, gold and predicted label, and a column of probabilities for each label; for regression two numbers."""
-    predictions = predictions_of(logits, data.label_names)
-    with atomic_write(path, "w") as file:
-        columns = ["index", "gold", "predicted"]
-        if not data.regression:
-            columns += [f"p({label})" for label in data.label_names]
-        file.write("\t".join(columns) + "\n")
-        for index, (gold, item) in enumerate(zip(split.labels.tolist(), predictions, strict=True)):
-            true = gold if data.regression else data.label_names[gold]
-            values = [index, true, item.label, *(f"{score:.6f}" for score in item.scores.values())]
-            file.write("\t".join(map(str, values)) + "\n")
 
 
 def _write_result(
