@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mabert_cli.console import output, table
@@ -31,9 +32,9 @@ def env() -> None:
     Example: [bold]mabert env[/]
     """
     output.print(table("Versions", versions()), "", table("Machine", machine()), "")
-    grid, passed = backends()
-    output.print(grid)
-    if not passed:
+    grid, remarks = backends()
+    output.print(grid, *remarks)
+    if any(remark.startswith("FAILED") for remark in remarks):
         raise typer.Exit(1)
 
 
@@ -71,35 +72,39 @@ def cpu_flags() -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in words]
 
 
-def backends() -> tuple[Table, bool]:
-    """A table of every backend of every op on every device, and whether all that can run passed their self-test."""
+def backends() -> tuple[Table, list[str]]:
+    """A table of every backend of every op on every device, and what has to be said of those that do not run."""
     import torch
 
     from mabert.ops.backend import BACKENDS, OPS
 
     grid = Table(title="Backends", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for heading in ("op", "device", "backend", "self-test", "about"):
-        grid.add_column(heading, overflow="fold")
+    for heading in ("op", "device", "backend", "self-test"):
+        grid.add_column(heading)
+    grid.add_column("about", overflow="fold")
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    passed = True
+    remarks: dict[str, None] = {}
     for op in OPS:
         for device in devices:
             for backend in BACKENDS:
-                result = outcome(op, device, backend)
-                passed &= not result.startswith("FAILED")
+                result, remark = outcome(op, device, backend)
                 grid.add_row(op, str(device), backend.name, result, backend.about)
-    return grid, passed
+                if remark:
+                    remarks[f"{result} {backend.name} on {device}: {remark}"] = None
+    return grid, [escape(remark) for remark in remarks]
 
 
-def outcome(op: str, device: "torch.device", backend: "Backend") -> str:
-    """What to say of one backend: `ok`, why it is missing, or `FAILED` and why."""
+def outcome(op: str, device: "torch.device", backend: "Backend") -> tuple[str, str]:
+    """`ok`, `missing` or `FAILED`, and the reason for the last two."""
     if reason := backend.missing(device):
-        return f"missing: {reason}"
+        return "missing", reason
     try:
         error = largest_error(op, device, backend.name)
     except Exception as failure:  # a diagnosis goes on past what it finds broken
-        return f"FAILED: {type(failure).__name__}: {failure}"
-    return f"ok, error {error:.0e}" if error < 1e-4 else f"FAILED: error {error:.0e} against the reference in float64"
+        return "FAILED", f"{op}: {type(failure).__name__}: {failure}"
+    if not error < 1e-4:
+        return "FAILED", f"{op}: error {error:.0e} against the reference in float64"
+    return f"ok, error {error:.0e}", ""
 
 
 def largest_error(op: str, device: "torch.device", backend: str) -> float:

@@ -1,5 +1,6 @@
 """`mabert predict`, `mabert fill-mask`, `mabert encode` hand every option on and say what they wrote."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -118,17 +119,32 @@ def test_encode_hands_its_options_on(model: Path, table: Path, tmp_path: Path) -
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("option", "message"), [("--bf16", None), ("--batch-tokens=0", "batch_tokens=0")])
-def test_encode_takes_the_batch_and_the_precision(
-    option: str, message: str | None, model: Path, table: Path, tmp_path: Path
+def test_encode_takes_the_precision(model: Path, table: Path, tmp_path: Path) -> None:
+    assert run("encode", model, table, tmp_path / "out.npy", "--text-column", "sentence", "--bf16").exit_code == 0
+    difference = np.abs(np.load(tmp_path / "out.npy") - encode(TEXTS, model)).max()
+    assert 0 < difference < 0.1
+
+
+def test_predict_takes_the_precision(classifier: Path, table: Path, tmp_path: Path) -> None:
+    words = ["predict", classifier, table, "-o", tmp_path / "out.jsonl", "--text-column", "sentence", "--bf16"]
+    assert run(*words).exit_code == 0
+    rows = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    exact = [prediction.scores["yes"] for prediction in predict(TEXTS, model_folder=classifier)]
+    difference = max(abs(row["scores"]["yes"] - score) for row, score in zip(rows, exact, strict=True))
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize("command", ["predict", "encode"])
+def test_the_size_of_a_batch_is_handed_on(
+    command: str, model: Path, classifier: Path, table: Path, tmp_path: Path
 ) -> None:
-    result = run("encode", model, table, tmp_path / "out.npy", "--text-column", "sentence", option)
-    if message:
-        assert result.exit_code == 2
-        assert message in result.stderr
-    else:
-        difference = np.abs(np.load(tmp_path / "out.npy") - encode(TEXTS, model)).max()
-        assert 0 < difference < 0.1
+    words = {
+        "predict": ["predict", classifier, table, "--output", tmp_path / "out.tsv"],
+        "encode": ["encode", model, table, tmp_path / "out.npy"],
+    }[command]
+    refused = run(*words, "--text-column", "sentence", "--batch-tokens", "0")
+    assert refused.exit_code == 2
+    assert "batch_tokens=0" in refused.stderr
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
