@@ -1,6 +1,7 @@
 """`mabert tokenizer`, `mabert pretrain`, `mabert finetune`: from text to a trained model."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -76,12 +77,18 @@ def sizes(corpus: "Corpus") -> Iterator[tuple[str, str]]:
 
 
 def watched(corpus: "Corpus") -> Iterator[str]:
-    """The documents of a corpus, with a progress bar while they are read."""
+    """The documents of a corpus, with progress while they are read: on a terminal a bar, elsewhere lines."""
+    from mabert.inference.batches import SECONDS_BETWEEN_LINES
+
     columns = (SpinnerColumn(), TextColumn("{task.fields[documents]:,} documents"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    reported = time.monotonic()
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("reading", total=1 if corpus.fraction is not None else None, documents=0)
         for number, document in enumerate(corpus, start=1):
             bar.update(task, completed=corpus.fraction or 0, documents=number)
+            if bar.disable and (now := time.monotonic()) - reported >= SECONDS_BETWEEN_LINES:
+                reported = now
+                errors.print(f"reading: {number:,} documents", soft_wrap=True, highlight=False)
             yield document
 
 

@@ -74,3 +74,11 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "the corpus is empty" in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_progress_is_a_line_now_and_then_without_a_terminal(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "reading" not in train(text, "--output", tmp_path / "quick").stderr
+    monkeypatch.setattr("mabert.inference.batches.SECONDS_BETWEEN_LINES", 0)
+    assert "reading: 1 documents" in train(text, "--output", tmp_path / "slow").stderr

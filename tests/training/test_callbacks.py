@@ -13,6 +13,7 @@ from mabert.training.callbacks import (
     StepLog,
     StepRecord,
     StopOnSignal,
+    TokenisingProgress,
     TrainingInterruptedError,
     TrainingProgress,
     read_lines,
@@ -162,3 +163,19 @@ def test_the_message_says_how_to_go_on(tmp_path):
     assert "Stopped by SIGTERM after step 1,200." in str(error)
     assert f"{tmp_path / 'checkpoint-1200'} holds the run" in str(error)
     assert "Start it again with the same choices to go on." in str(error)
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0, 2), (3600, 0)])
+def test_tokenising_says_how_far_it_is_without_a_terminal(monkeypatch, seconds, lines):
+    monkeypatch.setattr("mabert.training.callbacks.SECONDS_BETWEEN_LINES", seconds)
+    said = io.StringIO()
+    with TokenisingProgress(Console(file=said)) as report:
+        report(0.5, 1000, 20000)
+        report(None, 2000, 40000)
+    assert (
+        said.getvalue().splitlines()
+        == [
+            "tokenising: 1,000 documents, 20,000 tokens, 50% read",
+            "tokenising: 2,000 documents, 40,000 tokens",
+        ][:lines]
+    )

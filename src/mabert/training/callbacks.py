@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from mabert.files import atomic_write
+from mabert.inference.batches import SECONDS_BETWEEN_LINES
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -217,9 +218,13 @@ class TrainingProgress:
 
 
 class TokenisingProgress:
-    """A bar while a corpus is tokenised, on a terminal; called as `mabert.data.shards.Progress`."""
+    """Progress while a corpus is tokenised: a bar on a terminal, elsewhere a line every half minute.
+
+    Called as `mabert.data.shards.Progress`.
+    """
 
     def __init__(self, console: Console) -> None:
+        self._console, self._reported = console, time.monotonic()
         self._bar = Progress(
             BarColumn(),
             TextColumn("{task.description}"),
@@ -240,6 +245,10 @@ class TokenisingProgress:
         self._bar.start()
         words = f"tokenising: {documents:,} documents, {tokens:,} tokens"
         self._bar.update(self._task, completed=fraction or 0.0, description=words)
+        if self._bar.disable and (now := time.monotonic()) - self._reported >= SECONDS_BETWEEN_LINES:
+            self._reported = now
+            read = "" if fraction is None else f", {fraction:.0%} read"
+            self._console.print(f"{words}{read}", soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
