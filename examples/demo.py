@@ -68,7 +68,7 @@ def pretrain_config(folder: Path, quick: bool) -> PretrainConfig:
         learning_rate=3e-3,
         warmup_fraction=0.1,
         bf16=False,
-        eval_every=250,
+        eval_every=500,
         eval_rows=8 if quick else 512,
         checkpoint_every=200,
         tensorboard=False,
