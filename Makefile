@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 COMPILED := $(wildcard CMakeLists.txt) $(shell find src -name "*.cpp" -o -name "*.h")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu check format paper clean
+.PHONY: help demo test test-slow gpu check format paper results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,11 +28,15 @@ check: $(INSTALLED) ## the gate: format, lint, types, floors, paper index, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/paper_index.py --check
+	$(BIN)/python scripts/render_results.py --check
 	$(BIN)/python -m pytest
 
 format: $(INSTALLED) ## let ruff format and repair what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+results: $(INSTALLED) ## render docs/results.md from results/
+	$(BIN)/python scripts/render_results.py
 
 paper: $(INSTALLED) ## renew the list of equations and choices in docs/paper.md
 	$(BIN)/python scripts/paper_index.py
