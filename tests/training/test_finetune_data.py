@@ -103,7 +103,7 @@ def test_glue_tasks_say_that_they_are_subsets(tmp_path):
     ("table", "changes", "message"),
     [
         ("text\tlabel\nthe cat\tcat\na dog\tcat\n", {"dev": None}, "bad.tsv: every row has the same label"),
-        ("text\tkind\nthe cat\tcat\n", {}, "bad.tsv, line 2: .*label"),
+        ("text\tkind\nthe cat\tcat\n", {}, "bad.tsv, line 1: .*label"),
         ("text\tlabel\n" + "a\tcat\nb\tother\n" * 2, {"dev": None}, r"dev_fraction=0.1 of 4 rows leaves none on one"),
         ("text\tlabel\n" + "a\t1\nb\tmany\n", {"regression": True}, "bad.tsv, line 3: label 'many' is not a number"),
     ],
