@@ -1,6 +1,6 @@
 """The CPU kernels and what they bring to a model: correctness first, then time and memory, beside their peers.
 
-    python benchmarks/kernels.py --output results/kernels-cpu.json [--rte DIR] [--only NAME ...]
+    python -m benchmarks.kernels --output results/kernels-cpu.json [--rte DIR] [--only NAME ...]
 
 About 10 minutes on two cores; nothing else should run meanwhile. Ratios compare what ran in this one process.
 """
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import machine_rates, peak_extra_bytes, stamp, timing
+from benchmarks.measure import machine_rates, peak_extra_bytes, stamp, timing
 from rich.console import Console
 from torch import Tensor
 from transformers import BertConfig, BertModel
