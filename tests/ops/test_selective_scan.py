@@ -302,23 +302,30 @@ class TestNativeKernel:
         kernels.vector_function(which, values.data_ptr(), out.data_ptr(), values.numel())
         return out
 
+    def test_decays_are_exact_at_zero_unbiased_near_it_and_accurate_elsewhere(self, isa):
+        """2^t with t = Δ·A log2(e); |t| <= 0.144 is |ΔA| <= 0.1."""
+        self.check_exponential(3, torch.exp2, near=0.144, lowest=-125.9, highest=126.9)
+        edges = self.vector_function(3, torch.tensor([-1e9, -1e30, float("nan")]))
+        assert (edges[:2] < 2e-38).all()
+        assert edges[2].isnan()
+
     def test_exp_is_exact_at_zero_unbiased_near_it_and_accurate_elsewhere(self, isa):
-        assert (self.vector_function(0, torch.zeros(33)) == 1).all()
-        near = torch.cat((torch.linspace(-0.1, 0.1, 100_001), -torch.logspace(-8, -1, 50_001)))
-        exact = near.double().exp()
-        got = self.vector_function(0, near)
+        self.check_exponential(0, torch.exp, near=0.1, lowest=-86.9, highest=87.9)
+        edges = self.vector_function(0, torch.tensor([-1e9, float("-inf"), float("nan")]))
+        assert (edges[:2] < 2e-38).all()
+        assert edges[2].isnan()
+
+    def check_exponential(self, which, exponential, *, near, lowest, highest):
+        assert (self.vector_function(which, torch.zeros(33)) == 1).all()
+        small = torch.cat((torch.linspace(-near, near, 100_001), -torch.logspace(-8, -1, 50_001)))
+        exact = exponential(small.double())
         ulp = torch.where(exact >= 1, 2.0**-23, 2.0**-24).double()
-        error = (got.double() - exact) / ulp
+        error = (self.vector_function(which, small).double() - exact) / ulp
         assert error.abs().max() <= 1
         assert error.mean().abs() < 0.02
-        far = torch.linspace(-86.9, 87.9, 400_003)
-        relative = self.vector_function(0, far).double() / far.double().exp() - 1
+        far = torch.linspace(lowest, highest, 400_003)
+        relative = self.vector_function(which, far).double() / exponential(far.double()) - 1
         assert relative.abs().max() < 2.5e-7
-        edges = self.vector_function(0, torch.tensor([-1e9, float("-inf"), 1e9, float("nan")]))
-        assert edges[0] < 2e-38
-        assert edges[1] < 2e-38
-        assert edges[2] > 1e38
-        assert edges[3].isnan()
 
     def test_softplus_and_sigmoid(self, isa):
         values = torch.cat((torch.linspace(-60, 60, 100_001), torch.tensor([-80.0, 80.0, 0.0])))

@@ -8,6 +8,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -93,9 +97,25 @@ using Layout = std::tuple<Address, int64_t, int64_t>;  // data, stride of the ba
 
 Rows rows(const Layout& layout) { return {(void*)std::get<0>(layout), std::get<1>(layout), std::get<2>(layout)}; }
 
+// Asks for huge pages under memory that is about to be written. A large tensor is fresh from the system at every call,
+// and touching it in pages of 4 KiB would take as long as the scan itself.
+void expect_writes(const void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)data + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)data + bytes) / page * page;
+    if (data && last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a wish; refusal does no harm
+#endif
+}
+
 using Floats = std::unique_ptr<float[]>;
 
-Floats floats(int64_t n) { return Floats(new float[n]); }
+Floats floats(int64_t n) {
+    Floats memory(new float[n]);
+    expect_writes(memory.get(), n * sizeof(float));
+    return memory;
+}
+
+int64_t bytes_each(bool bf16) { return bf16 ? 2 : 4; }
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -146,8 +166,8 @@ ScanArgs scan_arguments(std::tuple<int64_t, int64_t, int64_t, int64_t> shape, in
 
 void scan_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> shape, int64_t units, Address cu, Address mask,
                   bool bf16, bool softplus, bool reverse, Layout x, Layout delta, Layout B, Layout C, Layout z,
-                  Address A, Address D, Address bias, Address kept, Address initial, Layout y, Address final_state,
-                  int threads) {
+                  Address A, Address D, Address bias, Address kept, int64_t kept_count, Address initial, Layout y,
+                  Address final_state, int threads) {
     nb::gil_scoped_release release;
     ScanArgs a = scan_arguments(shape, units, cu, mask, bf16, softplus, reverse, x, delta, B, C, z, A, D, bias, kept);
     const std::vector<int64_t> first = kept_rows(units, a.length, a.cu);
@@ -156,6 +176,8 @@ void scan_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> shape, int64_t 
     a.initial = (const float*)initial;
     a.y = rows(y);
     a.final_state = (float*)final_state;
+    expect_writes(a.y.data, a.batch * a.length * a.inner * bytes_each(bf16));
+    if (a.keep) expect_writes(a.kept, kept_count * a.inner * a.state * sizeof(float));
     const int64_t groups = blocks(a.inner, CHANNELS);
     parallel(units * groups, threads, scan_scratch_bytes(a.state), [&](int64_t i, void* scratch) {
         isa().scan_forward(a, i / groups, i % groups * CHANNELS, scratch);
@@ -177,6 +199,8 @@ void scan_backward(std::tuple<int64_t, int64_t, int64_t, int64_t> shape, int64_t
     a.dz = rows(dz);
     a.dfinal = (const float*)dfinal;
     a.dinitial = (float*)dinitial;
+    for (const Rows& grad : {a.dx, a.ddelta, a.dz})
+        expect_writes(grad.data, a.batch * a.length * a.inner * bytes_each(bf16));
     const int64_t groups = blocks(a.inner, CHANNELS), tokens = a.batch * a.length;
     a.units_per_group = units ? blocks(units, UNIT_GROUPS) : 1;
     const int64_t unit_groups = blocks(units, a.units_per_group);
@@ -221,6 +245,7 @@ void conv_forward(std::tuple<int64_t, int64_t, int64_t> shape, int width, int le
     nb::gil_scoped_release release;
     ConvArgs a = conv_arguments(shape, width, left, units, cu, mask, bf16, silu, x, weight, bias);
     a.y = rows(y);
+    expect_writes(a.y.data, a.batch * a.length * a.inner * bytes_each(bf16));
     const int64_t groups = blocks(a.inner, CHANNELS);
     parallel(units * groups, threads, 0, [&](int64_t i, void*) {
         isa().conv_forward(a, i / groups, i % groups * CHANNELS);
@@ -234,6 +259,7 @@ void conv_backward(std::tuple<int64_t, int64_t, int64_t> shape, int width, int l
     ConvArgs a = conv_arguments(shape, width, left, units, cu, mask, bf16, silu, x, weight, bias);
     a.dy = rows(dy);
     a.dx = rows(dx);
+    expect_writes(a.dx.data, a.batch * a.length * a.inner * bytes_each(bf16));
     const int64_t groups = blocks(a.inner, CHANNELS);
     a.units_per_group = units ? blocks(units, UNIT_GROUPS) : 1;
     const int64_t unit_groups = blocks(units, a.units_per_group);
@@ -252,13 +278,13 @@ void conv_backward(std::tuple<int64_t, int64_t, int64_t> shape, int width, int l
 
 NB_MODULE(_native, m) {
     m.attr("TILE") = TILE;
-    m.attr("MAX_WIDTH") = 16;
+    m.attr("MAX_WIDTH") = MAX_WIDTH;
     m.def("isas", &available_isas, "Instruction sets that this processor has, the best one first.");
     m.def("isa", [] { return std::string(isa().name); }, "The instruction set in use.");
     m.def("use_isa", &use_isa, "Use another one, for tests and comparisons.");
     m.def("vector_function", [](int which, Address in, Address out, int64_t n) {
         isa().vector_function(which, (const float*)in, (float*)out, n);
-    }, "exp (0), softplus (1) or sigmoid (2) of n floats.");
+    }, "exp (0), softplus (1), sigmoid (2) or 2^x (3) of n floats.");
     m.def("scan_forward", &scan_forward);
     m.def("scan_backward", &scan_backward);
     m.def("conv_forward", &conv_forward);

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 #ifndef MABERT_ISA
@@ -92,21 +92,98 @@ INLINE float sum(vf v) {
     return lanes[0];
 }
 
-// e^x: exp(0) is 1 exactly; within 1 ulp and unbiased for |x| <= 0.1, so that long products of decays stay true;
-// relative error below 2.5e-7 elsewhere. Below -87 it stays at e^-87, above 88 at e^88.
+template <int... I>
+struct LaneList {};
+#if defined(__AVX512F__)
+typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif defined(__AVX2__)
+typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef LaneList<0, 1, 2, 3> AllLanes;
+#endif
+
+// Adds the two blocks of WIDTH lanes in each pair of blocks; sums from a and from b alternate in the result.
+template <int WIDTH, int... I>
+INLINE vf fold(vf a, vf b, LaneList<I...>) {
+#define FROM(i) ((i) / WIDTH / 2 * 2 * WIDTH + (i) % WIDTH + (i) / WIDTH % 2 * LANES)
+    return __builtin_shufflevector(a, b, FROM(I)...) + __builtin_shufflevector(a, b, (FROM(I) + WIDTH)...);
+#undef FROM
+}
+
+// LANES sums at once: lane i of the result is the sum over the lanes of v[i]. Overwrites v.
+template <int WIDTH = LANES / 2>
+INLINE vf sums(vf* v) {
+    for (int i = 0; i < WIDTH; i++) v[i] = fold<WIDTH>(v[i], v[i + WIDTH], AllLanes());
+    if constexpr (WIDTH > 1)
+        return sums<WIDTH / 2>(v);
+    else
+        return v[0];
+}
+
+// max(x, bound), NaN where x is NaN.
+INLINE vf at_least(vf x, float bound) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)splat(bound), (__m512)x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)splat(bound), (__m256)x);
+#else
+    return x < bound ? splat(bound) : x;
+#endif
+}
+
+// A number split as n + f, n the nearest integer. `bits` holds n where there is no instruction that multiplies by 2^n.
+struct Split {
+    vf n, f;
+#if !defined(__AVX512F__)
+    vu bits;
+#endif
+};
+
+INLINE Split split(vf t) {
+    Split s;
+#if defined(__AVX512F__)
+    s.n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const vf shifted = t + 12582912.0f;  // 1.5·2^23 leaves the integer in the low bits
+    s.bits = (vu)shifted;
+    s.n = shifted - 12582912.0f;
+#endif
+    s.f = t - s.n;
+    return s;
+}
+
+// 2^(n + f): minimax for (2^f - 1 - f ln 2) / f^2 on |f| <= 1/2, relative error of 2^f 2.9e-9; 1 exactly at 0.
+INLINE vf power_of_two(const Split& s) {
+    vf p = s.f * 0.00015324315f + 0.0013390959f;
+    p = p * s.f + 0.009618518f;
+    p = p * s.f + 0.055503596f;
+    p = p * s.f + 0.24022648f;
+    p = p * s.f + 0.693147182f;
+    p = p * s.f + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)s.n);
+#else
+    return (vf)((vi)p + (vi)(s.bits << 23));
+#endif
+}
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147182f;
+
+// 2^t for finite t <= 127, the decay of the scan with t = Δ·(A log2 e): 1 exactly at 0; within 1 ulp and unbiased for
+// |t| <= 0.14, so that long products of decays stay true. Below -126 it stays there or goes to zero.
+INLINE vf exp2(vf t) {
+#if !defined(__AVX512F__)
+    t = at_least(t, -126.0f);
+#endif
+    return power_of_two(split(t));
+}
+
+// e^x for x <= 88: exp(0) is 1 exactly; relative error below 2.5e-7, within 1 ulp for |x| <= 0.1. Below -87 it stays.
 INLINE vf exp(vf x) {
-    x = x < -87.0f ? splat(-87.0f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
-    const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23 leaves round(x / ln 2) in the low bits
-    const vf n = shifted - 12582912.0f;
-    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    // minimax for (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of e^r 3.1e-9
-    vf p = r * 0.00138145615f + 0.00836870959f;
-    p = p * r + 0.0416683909f;
-    p = p * r + 0.166665211f;
-    p = p * r + 0.499999933f;
-    const vf e = 1.0f + (p * (r * r) + r);
-    return (vf)((vi)e + (vi)((vu)shifted << 23));
+    x = at_least(x, -87.0f);
+    Split s = split(x * LOG2_E);
+    s.f = ((x - s.n * 0.693359375f) + s.n * 2.12194440e-4f) * LOG2_E;  // ln 2 in two parts, the first one short
+    return power_of_two(s);
 }
 
 // log(1 + u) for u in [0, 1], through 2 atanh(u / (2 + u)); relative error below 1e-7 however small u is.

@@ -1,6 +1,6 @@
 // The depthwise convolution on a CPU, forward and backward, SiLU fused.
 //
-// A task owns 64 channels of one sequence (forward) or of a group of sequences (backward). Neighbours beyond a boundary
+// A task owns 128 channels of one sequence (forward) or of a group of sequences (backward). Neighbours beyond a boundary
 // or under the mask count as zero. The backward recomputes what stood before the SiLU.
 #include "native.h"
 
@@ -8,8 +8,6 @@
 
 namespace mabert::MABERT_ISA {
 namespace {
-
-constexpr int MAX_WIDTH = 16;
 
 struct Unit {
     int64_t row, start, length;

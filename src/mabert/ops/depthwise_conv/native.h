@@ -6,6 +6,8 @@
 
 namespace mabert {
 
+constexpr int MAX_WIDTH = 16;  // taps
+
 struct ConvArgs {
     int64_t batch, length, inner, units;
     int width, left;

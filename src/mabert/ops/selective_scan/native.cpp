@@ -1,6 +1,6 @@
 // The selective scan on a CPU, forward and backward.
 //
-// A task owns 64 channels of one sequence (forward) or of a group of sequences (backward). Time goes by in tiles of 32
+// A task owns 128 channels of one sequence (forward) or of a group of sequences (backward). Time goes by in tiles of 32
 // steps; within a tile the channels advance LANES at a time, their N states in registers. The forward keeps the state
 // before each tile; the backward recomputes a tile's states and decays from it into scratch that stays in the L2 cache.
 // Nothing of size B·L·E·N is ever stored.
@@ -41,6 +41,13 @@ struct Tile {
     }
 };
 
+// Brings a row of the next tile near: rows lie pages apart, and no processor guesses the next one by itself.
+template <class T>
+INLINE void fetch_ahead(const ScanArgs& a, const Rows& rows, const Tile& tile, int t, int64_t channel, bool backwards) {
+    const int64_t time = tile.time[t] + (a.reverse == backwards ? TILE : -TILE);
+    if (rows.data && time >= 0 && time < a.length) __builtin_prefetch(at<T>(rows, tile.row, time) + channel, 0, 2);
+}
+
 // (TILE, N) floats of B or C.
 template <class T>
 INLINE void gather_tile(const Tile& tile, const Rows& from, int64_t state, float* to) {
@@ -50,10 +57,10 @@ INLINE void gather_tile(const Tile& tile, const Rows& from, int64_t state, float
 }
 
 // (E, N) rows of `lanes` channels to N vectors, and back.
-INLINE void transpose_in(const float* from, int64_t state, int lanes, vf* to) {
+INLINE void transpose_in(const float* from, int64_t state, int lanes, vf* to, float factor = 1.0f) {
     for (int64_t n = 0; n < state; n++) {
         float v[LANES] = {};
-        for (int i = 0; i < lanes; i++) v[i] = from[i * state + n];
+        for (int i = 0; i < lanes; i++) v[i] = from[i * state + n] * factor;
         to[n] = load(v);
     }
 }
@@ -78,6 +85,9 @@ void forward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int lan
     if (STATE)
         for (int n = 0; n < N; n++) h[n] = state_vectors[n];
     for (int t = 0; t < tile.steps; t++) {
+        fetch_ahead<T>(a, a.x, tile, t, channel, false);
+        fetch_ahead<T>(a, a.delta, tile, t, channel, false);
+        fetch_ahead<T>(a, a.z, tile, t, channel, false);
         T* y = at<T>(a.y, tile.row, tile.time[t]) + channel;
         if (!tile.real[t]) {
             store(y, vf{}, lanes);
@@ -91,7 +101,7 @@ void forward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int lan
         vf even = D * x, odd = {};
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
-            h[n] = exp(delta * A[n]) * h[n] + input * Bt[n];
+            h[n] = exp2(delta * A[n]) * h[n] + input * Bt[n];
             if (n % 2)
                 odd += h[n] * Ct[n];
             else
@@ -131,7 +141,7 @@ void forward(const ScanArgs& a, int64_t unit, int64_t first_channel, void* scrat
     const Unit u = unit_of(a, unit);
     for (int c = 0, b = 0; c < channels; c += LANES, b++) {
         const int lanes = channels - c < LANES ? channels - c : LANES;
-        transpose_in(a.A + (first_channel + c) * N, N, lanes, A + b * N);
+        transpose_in(a.A + (first_channel + c) * N, N, lanes, A + b * N, LOG2_E);
         for (int64_t n = 0; n < N; n++) h[b * N + n] = vf{};
         if (a.initial) transpose_in(a.initial + (unit * a.inner + first_channel + c) * N, N, lanes, h + b * N);
     }
@@ -142,8 +152,8 @@ void forward(const ScanArgs& a, int64_t unit, int64_t first_channel, void* scrat
         for (int c = 0, b = 0; c < channels; c += LANES, b++) {
             const int lanes = channels - c < LANES ? channels - c : LANES;
             if (a.keep) {
-                float* kept = a.kept + (a.kept_row[unit] + first / TILE) * a.inner * N + (first_channel + c) * N;
-                transpose_out(h + b * N, N, lanes, kept);
+                float* kept = a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + first_channel + c) * N;
+                for (int64_t n = 0; n < N; n++) store(kept + n * lanes, h[b * N + n], lanes);
             }
             forward_block<T, STATE>(a, tile, first_channel + c, lanes, A + b * N, B, C, h + b * N);
         }
@@ -169,6 +179,10 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
     const vf bias = a.bias ? load(a.bias + channel, lanes) : vf{};
 
     for (int t = 0; t < tile.steps; t++) {
+        fetch_ahead<T>(a, a.x, tile, t, channel, true);
+        fetch_ahead<T>(a, a.delta, tile, t, channel, true);
+        fetch_ahead<T>(a, a.z, tile, t, channel, true);
+        fetch_ahead<T>(a, a.dy, tile, t, channel, true);
         vf *before = w.states + t * N, *after = before + N, *decay = w.decays + t * N;
         if (!tile.real[t]) {
             for (int n = 0; n < N; n++) after[n] = before[n];
@@ -195,7 +209,7 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
         vf s = D * x;
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
-            decay[n] = exp(delta * A[n]);
+            decay[n] = exp2(delta * A[n]);
             after[n] = decay[n] * before[n] + input * Bt[n];
             s += after[n] * Ct[n];
             dC[n] += ds * after[n];
@@ -236,7 +250,7 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
             dA_vectors[n] += dexponent * delta;
             dh[n] = carried;
         }
-        ddelta = (ddelta + dinput * x) * w.slope[t];
+        ddelta = (ddelta * LN_2 + dinput * x) * w.slope[t];
         dD_tile += ds * x;
         dbias_tile += ddelta;
         store(at<T>(a.dx, tile.row, time) + channel, dinput * delta + ds * D, lanes);
@@ -246,6 +260,15 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
     *dbias += dbias_tile;
     if (STATE)
         for (int n = 0; n < N; n++) dh_vectors[n] = dh[n];
+}
+
+// N vectors to N sums over their lanes.
+template <int STATE>
+INLINE void add_lanes(vf* v, int64_t state, float* to) {
+    if constexpr (STATE && STATE % LANES == 0)
+        for (int n = 0; n < STATE; n += LANES) store(to + n, sums(v + n));
+    else
+        for (int64_t n = 0; n < state; n++) to[n] = sum(v[n]);
 }
 
 template <class T, int STATE>
@@ -267,7 +290,8 @@ void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scr
     w.dB = arena.take<vf>(TILE * N);
     w.dC = arena.take<vf>(TILE * N);
     for (int c = 0, b = 0; c < channels; c += LANES, b++) {
-        transpose_in(a.A + (first_channel + c) * N, N, channels - c < LANES ? channels - c : LANES, A + b * N);
+        transpose_in(a.A + (first_channel + c) * N, N, channels - c < LANES ? channels - c : LANES, A + b * N,
+                     LOG2_E);
         for (int64_t n = 0; n < N; n++) dA[b * N + n] = vf{};
         dD[b] = dbias[b] = vf{};
     }
@@ -288,16 +312,16 @@ void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scr
             for (int c = 0, b = 0; c < channels; c += LANES, b++) {
                 const int lanes = channels - c < LANES ? channels - c : LANES;
                 const int64_t channel = first_channel + c;
-                transpose_in(a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + channel) * N, N, lanes, w.states);
+                const float* kept = a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + channel) * N;
+                for (int64_t n = 0; n < N; n++) w.states[n] = load(kept + n * lanes, lanes);
                 backward_block<T, STATE>(a, tile, channel, lanes, A + b * N, B, C, w, dh + b * N, dA + b * N, dD + b,
                                          dbias + b);
             }
-            for (int t = 0; t < tile.steps; t++)
-                for (int64_t n = 0; n < N; n++) {
-                    const int64_t out = (tile.row * a.length + tile.time[t]) * N + n;
-                    dB_part[out] = tile.real[t] ? sum(w.dB[t * N + n]) : 0;
-                    dC_part[out] = tile.real[t] ? sum(w.dC[t * N + n]) : 0;
-                }
+            for (int t = 0; t < tile.steps; t++) {
+                const int64_t out = (tile.row * a.length + tile.time[t]) * N;
+                add_lanes<STATE>(w.dB + t * N, N, dB_part + out);
+                add_lanes<STATE>(w.dC + t * N, N, dC_part + out);
+            }
         }
         if (a.dinitial)
             for (int c = 0, b = 0; c < channels; c += LANES, b++) {
@@ -337,7 +361,7 @@ void vector_function(int which, const float* in, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         const int lanes = n - i < LANES ? (int)(n - i) : LANES;
         const vf v = load(in + i, lanes);
-        store(out + i, which == 0 ? exp(v) : which == 1 ? softplus(v) : sigmoid(v), lanes);
+        store(out + i, which == 0 ? exp(v) : which == 1 ? softplus(v) : which == 2 ? sigmoid(v) : exp2(v), lanes);
     }
 }
 

@@ -19,7 +19,7 @@ struct ScanArgs {
     bool bf16, softplus, reverse, keep;
     Rows x, delta, B, C, z, y;
     const float *A, *D, *bias, *initial;  // (E, N), (E), (E), (units, E, N)
-    float *final_state, *kept;            // (units, E, N), (rows, E, N): the state before each tile
+    float *final_state, *kept;            // (units, E, N); (rows, E, N), the state before each tile, by vectors
 
     // Backward only.
     Rows dy, dx, ddelta, dz;
@@ -31,7 +31,7 @@ struct ScanArgs {
 };
 
 constexpr int TILE = 32;            // steps between two kept states
-constexpr int CHANNELS = 64;        // channels of one task
+constexpr int CHANNELS = 128;        // channels of one task
 constexpr int64_t UNIT_GROUPS = 16;  // at most so many partial sums over units
 
 // Bytes of scratch that one task needs, for the widest vectors (64 bytes).

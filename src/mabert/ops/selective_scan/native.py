@@ -21,6 +21,7 @@ def forward(
     kernels.scan_forward(
         *common,
         flat("kept", kept) if kept_rows else 0,
+        kept_rows,
         flat("initial_state", initial_state),
         rows("y", y, x.dtype),
         flat("final_state", final),
