@@ -1,5 +1,9 @@
 import gc
 import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 
 import pytest
 
@@ -16,3 +20,33 @@ def imports_are_not_searched_for_garbage() -> None:
     """The Trainer collects garbage whenever it starts: most of a second with torch and transformers on the heap."""
     gc.collect()
     gc.freeze()
+
+
+MEASURED = '''
+from pathlib import Path
+
+def _status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field + ":"))) * 1024
+
+def measured(run):
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    run()
+    print(_status("VmHWM") - before)
+'''
+
+
+@pytest.fixture
+def peak_memory_of() -> Callable[[str], int]:
+    """Runs code in a process of its own, where no freed memory waits to be used again, and gives by how many bytes the
+    resident memory grew at its highest while `measured(function)`, to be called once in the code, ran."""
+
+    def peak(code: str) -> int:
+        process = subprocess.run(
+            [sys.executable, "-c", MEASURED + textwrap.dedent(code)], capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stderr
+        return int(process.stdout.split()[-1])
+
+    return peak

@@ -1,9 +1,11 @@
+import sys
+
 import pytest
 import torch
 
 from mabert import MaBertConfig
 from mabert.layers import attention
-from mabert.layers.attention import SelfAttention, rotary_angles, rotate
+from mabert.layers.attention import SelfAttention, grid_is_cheaper, rotary_angles, rotate
 from mabert.ops import SequenceLayout
 
 
@@ -19,7 +21,7 @@ def layout_of(lengths):
     return SequenceLayout.build(1, sum(lengths), "cpu", packed=True, cu_seq_lens=cu)
 
 
-def test_grid_and_one_call_a_sequence_agree_and_are_chosen_by_overhead(layer, monkeypatch):
+def test_grid_and_one_call_a_sequence_agree_and_the_cheaper_one_is_taken(layer, monkeypatch):
     calls = []
     attend = SelfAttention._attend
     monkeypatch.setattr(
@@ -27,16 +29,68 @@ def test_grid_and_one_call_a_sequence_agree_and_are_chosen_by_overhead(layer, mo
     )
     lengths = [5, 0, 1, 9, 2]
     x = torch.randn(17, 16)
-    one_by_one = layer(x, layout_of(lengths))
-    assert [tuple(c[:2]) for c in calls] == [(1, 5), (1, 1), (1, 9), (1, 2)]
-    calls.clear()
-    monkeypatch.setattr(attention, "MAX_GRID_OVERHEAD", 10)
     grid = layer(x, layout_of(lengths))
     assert [tuple(c[:2]) for c in calls] == [(5, 9)]
+    calls.clear()
+    monkeypatch.setattr(attention, "CALL_COST", 1.0)
+    one_by_one = layer(x, layout_of(lengths))
+    assert [tuple(c[:2]) for c in calls] == [(1, 5), (1, 1), (1, 9), (1, 2)]
     torch.testing.assert_close(grid, one_by_one)
     calls.clear()
     layer(torch.randn(18, 16), SequenceLayout.build(2, 9, "cpu", packed=True))
     assert [tuple(c[:2]) for c in calls] == [(2, 9)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "in_grid"),
+    [([16] * 64, True), ([12, 16, 14, 10], True), ([512] + [16] * 63, False), ([4096, 8, 8, 8], False)],
+)
+def test_a_long_sequence_does_not_pad_its_short_neighbours(lengths, in_grid):
+    assert grid_is_cheaper(layout_of(lengths), hidden_size=768) == in_grid
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_packed_attention_needs_no_memory_that_grows_with_the_square_of_the_length(peak_memory_of, dropout):
+    """4,096 tokens in one sequence beside many short ones: scores alone would take 4096² · 4 heads · 4 bytes = 256 MiB,
+    four times that with their gradients and dropout, and a grid 64 times the tokens."""
+    grown = peak_memory_of(
+        f"""
+        import torch
+        from mabert import MaBertConfig
+        from mabert.layers.attention import SelfAttention
+        from mabert.ops import SequenceLayout
+
+        layer = SelfAttention(MaBertConfig(hidden_size=64, num_attention_heads=4, attn_implementation="sdpa"))
+        lengths = [4096] + [8] * 63
+        cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        layout = SequenceLayout.build(1, sum(lengths), "cpu", packed=True, cu_seq_lens=cu)
+        x = torch.randn(sum(lengths), 64, requires_grad=True)
+        layer.config.attention_probs_dropout_prob = {dropout}
+        measured(lambda: layer(x, layout).sum().backward())
+        """
+    )
+    assert grown < 256 * 2**20
+
+
+def test_dropout_over_long_sequences_takes_the_same_gradients_as_in_one_piece(layer, monkeypatch):
+    """Rows of queries are independent, so with nothing dropped the pieces must add up; with dropout every query drops."""
+    layer.train()
+    x = torch.randn(9, 16)
+    layout = layout_of([9])
+
+    def outputs(dropout, scores):
+        monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores)
+        monkeypatch.setattr(layer.config, "attention_probs_dropout_prob", dropout)
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, layout)
+        return y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]
+
+    few = 4 * 2 * 9  # four queries of two heads with nine keys
+    torch.testing.assert_close(outputs(1e-9, few), outputs(1e-9, 2**23))
+    dropped = outputs(0.5, few)[0] != outputs(1e-9, few)[0]
+    assert dropped.any(dim=1).all()
 
 
 def test_no_softmax_is_empty(layer, monkeypatch):

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -354,3 +356,26 @@ class TestNativeKernel:
         x, A, B = torch.zeros(1, 6, 4), torch.zeros(4, 3), torch.zeros(1, 6, 3)
         with pytest.raises(ValueError, match="from 0 to 6 without decreasing"):
             selective_scan(x, x, A, B, B, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), backend="native")
+
+
+@pytest.mark.skipif(kernels is None, reason="the CPU kernels were not compiled")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_training_step_needs_little_more_memory_than_its_inputs_and_outputs(peak_memory_of):
+    length, inner = 4096, 512
+    grown = peak_memory_of(
+        f"""
+        import torch
+        from mabert.ops import selective_scan
+
+        def scan(length):
+            rows = [torch.randn(1, length, {inner}, requires_grad=True) for _ in range(3)]
+            narrow = [torch.randn(1, length, 16, requires_grad=True) for _ in range(2)]
+            A = -torch.rand({inner}, 16)
+            x, delta, z = rows
+            return lambda: selective_scan(x, delta, A, *narrow, z=z, backend="native").sum().backward()
+
+        scan(1)()
+        measured(scan({length}))
+        """
+    )
+    assert grown < 1.5 * (4 * length * inner + 2 * length * 16) * 4

@@ -5,13 +5,20 @@ Shape suffixes: B batch, L length, T real tokens in all, S sequences, H hidden, 
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mabert.config import MaBertConfig
 from mabert.ops import SequenceLayout
 
-# A grid of sequences with more than this many places a token is left for one call a sequence.
-MAX_GRID_OVERHEAD = 2.0
+# What packed attention costs on a CPU beside a query meeting a key in one feature: a call of its own for a sequence, and
+# one feature of a place in the grid copied. Chosen for the least time lost over the mixtures of lengths that
+# benchmarks/kernels.py measures.
+CALL_COST = 4e5
+COPY_COST = 16.0
+
+# torch's CPU attention writes out its scores when it drops some: at most so many at a time.
+SCORES_AT_ONCE = 2**23
 
 
 def eager_attention(
@@ -66,15 +73,18 @@ class SelfAttention(nn.Module):
                 max_length_q=layout.max_length,
                 max_length_k=layout.max_length,
             )[0]
-        elif (
-            torch.compiler.is_compiling()  # which of the two is cheaper depends on the data
-            or layout.num_sequences * layout.max_length <= MAX_GRID_OVERHEAD * layout.num_tokens
-        ):
-            y = layout.from_grid(self._attend(layout.to_grid(qkv), layout.grid_mask()))
+        elif torch.compiler.is_compiling() or grid_is_cheaper(layout, qkv.shape[-2:].numel()):
+            y = self._attend_in_grid(qkv, layout)  # which of the two is cheaper depends on the data: not when compiled
         else:
-            parts = qkv.split(layout.lengths_S.tolist())
-            y = torch.cat([self._attend(part[None], None)[0] for part in parts if len(part)])
+            y = self._attend_one_by_one(qkv, layout)
         return self.out_proj(y.flatten(-2))
+
+    def _attend_in_grid(self, qkv: Tensor, layout: SequenceLayout) -> Tensor:
+        return layout.from_grid(self._attend(layout.to_grid(qkv), layout.grid_mask()))
+
+    def _attend_one_by_one(self, qkv: Tensor, layout: SequenceLayout) -> Tensor:
+        parts = qkv.split(layout.lengths_S.tolist())
+        return torch.cat([self._attend(part[None], None)[0] for part in parts if len(part)])
 
     @property
     def _flash(self) -> bool:
@@ -87,18 +97,39 @@ class SelfAttention(nn.Module):
             mask_BL = (mask_BL | ~mask_BL.any(dim=1, keepdim=True))[:, None, None, :]
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         query, key, value = qkv.transpose(1, 3).unbind(2)
-        output, _ = interface(
-            self,
-            query,
-            key,
-            value,
-            mask_BL,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.head_size**-0.5,
-            is_causal=False,
-            **kwargs,
-        )
-        return output
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+
+        def attend(query: Tensor) -> Tensor:
+            output, _ = interface(
+                self,
+                query,
+                key,
+                value,
+                mask_BL,
+                dropout=dropout,
+                scaling=self.head_size**-0.5,
+                is_causal=False,
+                **kwargs,
+            )
+            return output
+
+        if dropout and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            queries = max(1, SCORES_AT_ONCE // (query.shape[:-1].numel() or 1))
+            if queries < query.shape[2]:
+                chunks = query.split(queries, dim=2)
+                return torch.cat([checkpoint(attend, chunk, use_reentrant=False) for chunk in chunks], dim=1)
+        return attend(query)
+
+
+def grid_is_cheaper(layout: SequenceLayout, hidden_size: int) -> bool:
+    """Whether one call over a padded grid of the sequences costs less than one call for each of them."""
+    if layout.grid_indices_T is None:
+        return True  # they fill the grid: nothing is copied and nothing padded
+    lengths_S = layout.lengths_S
+    places, longest = layout.num_sequences * layout.max_length, layout.max_length
+    in_grid = CALL_COST + hidden_size * places * (longest + COPY_COST)
+    one_by_one = CALL_COST * layout.num_sequences + hidden_size * int((lengths_S**2).sum())
+    return in_grid <= one_by_one
 
 
 def rotary_angles(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
