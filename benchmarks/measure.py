@@ -19,31 +19,57 @@ from mabert.training.runs import processor_name
 MILLI = 1e3
 
 
-def timing(
-    run: Callable[[], object], *, seconds: float = 3.0, at_least: int = 5, at_most: int = 100
-) -> dict[str, float]:
-    """Milliseconds of `run` over as many repetitions as fit into `seconds`, after a tenth of them to warm up."""
-    run()
-    samples: list[float] = []
-    warm_until = time.perf_counter() + seconds / 10
-    while time.perf_counter() < warm_until:
-        run()
-    end = time.perf_counter() + seconds
-    while len(samples) < at_least or (time.perf_counter() < end and len(samples) < at_most):
-        start = time.perf_counter()
-        run()
-        samples.append((time.perf_counter() - start) * MILLI)
-    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+def timings(
+    runs: dict[str, Callable[[], object]], *, seconds: float = 3.0, at_least: int = 5, at_most: int = 100
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each run, over as many rounds as fit into `seconds` for each.
+
+    In every round each of them runs twice, and the second time counts: a slow minute of the machine slows all of them,
+    and none finds the caches and the allocator as another one left them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds * len(runs)
+    rounds = 0
+    while rounds < at_least or (time.perf_counter() < end and rounds < at_most):
+        for name, run in runs.items():
+            run()
+            start = time.perf_counter()
+            run()
+            samples[name].append((time.perf_counter() - start) * MILLI)
+        rounds += 1
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def timing(run: Callable[[], object], *, seconds: float = 3.0) -> dict[str, float]:
+    """`timings` of one run."""
+    return timings({"": run}, seconds=seconds)[""]
+
+
+def _summary(samples: list[float]) -> dict[str, float]:
+    lower, median, upper = statistics.quantiles(samples, n=4)
     return {
-        "median_ms": statistics.median(samples),
-        "lower_quartile_ms": quartiles[0],
-        "upper_quartile_ms": quartiles[2],
+        "median_ms": median,
+        "lower_quartile_ms": lower,
+        "upper_quartile_ms": upper,
         "repetitions": len(samples),
     }
 
 
+def ratio(over: dict[str, float], under: dict[str, float]) -> float:
+    """Of two medians."""
+    return over["median_ms"] / under["median_ms"]
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what is freed, as it does in any process that has run for a while (glibc).
+
+    It raises its threshold for giving memory back to the system when the first large block is freed, up to 32 MiB.
+    """
+    torch.empty(2**23 - 2**12).fill_(0)
+
+
 def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Growth of the resident memory at its highest point while `run` runs (Linux)."""
+    """Growth of the resident memory at its highest point while `run` runs (Linux). Call it in a fresh process."""
     Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
     before = _status_bytes("VmRSS")
     run()
@@ -58,8 +84,8 @@ def _status_bytes(field: str) -> int:
 
 
 def machine_rates() -> dict[str, float]:
-    """What this machine reaches: bytes copied, fused multiply-adds and exponentials a second, with torch's threads."""
-    source = torch.empty(64 * 2**20)
+    """What this machine reaches with torch's threads: bytes copied, multiply-adds and powers of two a second."""
+    source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)
     copy = timing(lambda: target.copy_(source), seconds=1.0)
     size = 2048
@@ -73,11 +99,11 @@ def machine_rates() -> dict[str, float]:
         x = -torch.rand(4096)  # stays in the first-level cache
         y = torch.empty_like(x)
 
-        def exponentials() -> None:
+        def powers() -> None:
             for _ in range(100):
-                native.kernels.vector_function(0, x.data_ptr(), y.data_ptr(), x.numel())
+                native.kernels.vector_function(3, x.data_ptr(), y.data_ptr(), x.numel())
 
-        one_thread = timing(exponentials, seconds=0.5)
+        one_thread = timing(powers, seconds=0.5)
         per_second = 100 * x.numel() / one_thread["median_ms"] * MILLI
         rates["exp_per_s"] = per_second * torch.get_num_threads()
     return rates

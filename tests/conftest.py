@@ -22,7 +22,7 @@ def imports_are_not_searched_for_garbage() -> None:
     gc.freeze()
 
 
-MEASURED = '''
+MEASURED = """
 from pathlib import Path
 
 def _status(field):
@@ -34,7 +34,7 @@ def measured(run):
     before = _status("VmRSS")
     run()
     print(_status("VmHWM") - before)
-'''
+"""
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_packed_attention_needs_no_memory_that_grows_with_the_square_of_the_leng
 
 
 def test_dropout_over_long_sequences_takes_the_same_gradients_as_in_one_piece(layer, monkeypatch):
-    """Rows of queries are independent, so with nothing dropped the pieces must add up; with dropout every query drops."""
+    """Queries are independent, so with nothing dropped the pieces must add up; with dropout every query drops some."""
     layer.train()
     x = torch.randn(9, 16)
     layout = layout_of([9])

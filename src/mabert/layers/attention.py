@@ -11,9 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mabert.config import MaBertConfig
 from mabert.ops import SequenceLayout
 
-# What packed attention costs on a CPU beside a query meeting a key in one feature: a call of its own for a sequence, and
-# one feature of a place in the grid copied. Chosen for the least time lost over the mixtures of lengths that
-# benchmarks/kernels.py measures.
+# What packed attention costs on a CPU, in units of a query meeting a key in one feature: a call of its own for a
+# sequence, and one feature of a place in the grid copied. Chosen for the least time lost over the mixtures of lengths
+# that benchmarks/kernels.py measures.
 CALL_COST = 4e5
 COPY_COST = 16.0
 
