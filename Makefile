@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 COMPILED := $(wildcard CMakeLists.txt) $(shell find src -name "*.cpp" -o -name "*.h")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu check format paper results clean
+.PHONY: help demo test test-slow gpu bench wheel check format paper results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,6 +21,21 @@ test-slow: $(INSTALLED) ## the tests that take minutes: kills and resumes, sever
 
 gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(INSTALLED) ## measure the CPU kernels beside their peers; RTE=<folder with its dev.tsv> adds real pairs
+	$(BIN)/python -m pip install -q -c constraints.txt mambapy
+	$(BIN)/python -m benchmarks.kernels --output results/kernels-cpu.json $(if $(RTE),--rte $(RTE))
+	$(BIN)/python scripts/render_results.py
+
+wheel: $(INSTALLED) ## build a wheel, install it into an environment of its own and test it there
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -c constraints.txt -w build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install -q -c constraints.txt "$$(ls build/wheel/*.whl)[train]" hypothesis pytest
+	cp -r tests examples scripts docs results build/wheel/
+	cd build/wheel && venv/bin/python -c "import mabert; assert 'build/wheel/venv' in mabert.__file__, mabert.__file__"
+	cd build/wheel && venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir . tests
+	@mkdir -p dist && cp build/wheel/*.whl dist/ && ls dist
 
 check: $(INSTALLED) ## the gate: format, lint, types, floors, paper index, tests
 	$(BIN)/ruff format --check .

@@ -317,10 +317,11 @@ def main() -> None:
 
     keep_freed_memory()
     results = json.loads(arguments.output.read_text()) if arguments.only and arguments.output.exists() else {}
-    results |= {"stamp": stamp(), "sizes": {"batch": 1, "inner": INNER, "state": STATE}, "correctness": correctness()}
+    results |= {"sizes": {"batch": 1, "inner": INNER, "state": STATE}, "correctness": correctness()}
     results["rates"] = machine_rates()
     for name in wanted:
         console.rule(name)
+        results.setdefault("stamps", {})[name] = stamp()
         results[name] = rte_pairs(arguments.rte) if name == "rte_pairs" else parts[name]()
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(arguments.output, "w") as file:

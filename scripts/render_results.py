@@ -8,6 +8,9 @@ import json
 import sys
 from pathlib import Path
 
+import render_kernels
+import render_pretraining
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 RUNS = ROOT / "results" / "runs"
@@ -67,7 +70,8 @@ def render() -> str:
     """The whole page."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
     head = "# Results\n\nRendered from `results/` by `scripts/render_results.py`. All of it is small-scale so far.\n"
-    return "\n".join([head, *(section(run) for run in runs)])
+    parts = [head, *(section(run) for run in runs), render_pretraining.section(), render_kernels.section()]
+    return "\n".join(part for part in parts if part)
 
 
 def main() -> int:
@@ -80,6 +84,9 @@ def main() -> int:
             return 1
         return 0
     PAGE.write_text(render(), encoding="utf-8")
+    for part in (render_kernels, render_pretraining):
+        if part.MEASURED.exists():
+            part.plot()
     return 0
 
 
