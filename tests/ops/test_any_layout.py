@@ -56,9 +56,9 @@ def sequences_of(batch, length, mask, cu_seqlens):
 
 
 def assert_close(actual, expected, name):
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
-        actual.double(), expected, rtol=0, atol=3e-5 * scale + 1e-6, msg=lambda message: f"{name}: {message}"
+        actual.detach().double(), expected.detach(), rtol=0, atol=3e-5 * scale + 1e-6, msg=lambda message: f"{name}: {message}"
     )
 
 
