@@ -10,8 +10,8 @@ PLOT = ROOT / "docs" / "images" / "kernels-cpu.png"
 BYTES = {"float32": 4, "bfloat16": 2}
 # Of one state in one step of the forward: Δ·A, Δx·B, and the multiply-adds of state and readout; one exponential.
 FLOPS, MULTIPLY_ADDS = 6, 4
-# The same of the backward, which computes decays and states again.
-BACKWARD_MULTIPLY_ADDS = 12
+# The same of the backward, which computes decays and states again; its exponential is counted apart as well.
+BACKWARD_FLOPS, BACKWARD_MULTIPLY_ADDS = 20, 12
 # Tensors of the size of x that are read or written.
 FORWARD_ROWS, BACKWARD_ROWS = 4, 7
 
@@ -181,39 +181,41 @@ def plot() -> None:
     rates, state = results["rates"], results["sizes"]["state"]
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
     intensity = [0.25, 64]
-    matmul = 2 * rates["fma_per_s"] / 1e9
+    bandwidth, matmul = rates["copy_bytes_per_s"] / 1e9, 2 * rates["fma_per_s"] / 1e9
     mixture = FLOPS / (1 / rates["exp_per_s"] + MULTIPLY_ADDS / rates["fma_per_s"]) / 1e9
-    axes.plot(intensity, [i * rates["copy_bytes_per_s"] / 1e9 for i in intensity], color="0.35", label="copy bandwidth")
-    axes.axhline(matmul, color="0.35", linestyle="--", label="matrix product")
-    axes.axhline(mixture, color="tab:red", linestyle="--", label="one exponential to four multiply-adds")
+    ridge = matmul / bandwidth
+    axes.plot(
+        [intensity[0], ridge, intensity[1]],
+        [intensity[0] * bandwidth, matmul, matmul],
+        color="0.35",
+        label="copy bandwidth, then torch's matrix product",
+    )
+    axes.axhline(mixture, color="tab:red", linestyle="--", label="the scan's one exponential to four multiply-adds")
     lengths = sorted({row["length"] for row in results["scans"]})
-    for backend, dtype, marker in (("native", "float32", "o"), ("native", "bfloat16", "s"), ("torch", "float32", "x")):
-        rows = [
-            row
-            for row in results["scans"]
-            if (row["backend"], row["dtype"], row["pass"]) == (backend, dtype, "forward")
-        ]
-        flops = [FLOPS * row["length"] * results["sizes"]["inner"] * state for row in rows]
-        axes.scatter(
-            [FLOPS * state / (4 * BYTES[dtype])] * len(rows),
-            [count / row["median_ms"] / 1e6 for count, row in zip(flops, rows, strict=True)],
-            marker=marker,
-            c=[lengths.index(row["length"]) for row in rows],
-            cmap="viridis",
-            vmin=0,
-            vmax=len(lengths) - 1,
-            zorder=3,
-            label=f"{backend}, {dtype}, forward",
-        )
+    for backend, dtype, marker in (("native", "float32", "o"), ("native", "bfloat16", "s"), ("torch", "float32", "X")):
+        for name, alpha in (("forward", 1.0), ("forward+backward", 0.45)):
+            both = name == "forward+backward"
+            rows = [r for r in results["scans"] if (r["backend"], r["dtype"], r["pass"]) == (backend, dtype, name)]
+            flops = (FLOPS + BACKWARD_FLOPS * both) * results["sizes"]["inner"] * state
+            moved = (FORWARD_ROWS + BACKWARD_ROWS * both) * BYTES[dtype] * results["sizes"]["inner"]
+            axes.scatter(
+                [flops / moved] * len(rows),
+                [flops * row["length"] / row["median_ms"] / 1e6 for row in rows],
+                marker=marker,
+                color=[pyplot.get_cmap("viridis")(lengths.index(row["length"]) / len(lengths)) for row in rows],
+                alpha=alpha,
+                zorder=3,
+                label=f"{backend}, {dtype}, {name}",
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_ylim(1, 2 * max(matmul, mixture))
+    axes.set_ylim(0.3, 2 * max(matmul, mixture))
     axes.set_xlim(*intensity)
     axes.set_xlabel("operations a byte moved")
     axes.set_ylabel("billion operations a second")
     axes.set_title(f"Selective scan, L = {lengths[0]:,} (dark) to {lengths[-1]:,} (light)")
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower left", fontsize=8)
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=130)
     pyplot.close(figure)

@@ -19,6 +19,7 @@ def make(model_class, **overrides):
     return model_class(config)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor uses it itself
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("execution", "inputs"),

@@ -18,6 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 ABSENT = (0, 0, 0)
 
 
+def like(tensor: Tensor) -> Tensor:
+    """Uninitialised, of the same shape and dtype, contiguous."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def threads() -> int:
     """As many as torch uses."""
     return torch.get_num_threads()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mabert.ops.native import DTYPES, boundaries, flat, kernels, rows, threads
+from mabert.ops.native import DTYPES, boundaries, flat, kernels, like, rows, threads
 
 
 def depthwise_conv(
@@ -30,14 +30,14 @@ def _conv(
     silu: bool,
 ) -> Tensor:
     arguments, _keep_alive = _common(x, weight, bias, mask, cu_seqlens, left, silu)
-    y = _like(x)
+    y = like(x)
     kernels.conv_forward(*arguments, rows("y", y, x.dtype), threads())
     return y
 
 
 @_conv.register_fake
 def _(x, weight, bias, mask, cu_seqlens, left, silu) -> Tensor:
-    return _like(x)
+    return like(x)
 
 
 @torch.library.custom_op("mabert::depthwise_conv_backward", mutates_args=())
@@ -52,7 +52,7 @@ def _conv_backward(
     silu: bool,
 ) -> list[Tensor]:
     arguments, _keep_alive = _common(x, weight, bias, mask, cu_seqlens, left, silu)
-    dx, dy = _like(x), dy.contiguous()
+    dx, dy = like(x), dy.contiguous()
     dweight_WE, dbias_E = torch.zeros(weight.shape[::-1]), torch.zeros(weight.shape[0])
     kernels.conv_backward(
         *arguments,
@@ -68,7 +68,7 @@ def _conv_backward(
 
 @_conv_backward.register_fake
 def _(dy, x, weight, bias, mask, cu_seqlens, left, silu) -> list[Tensor]:
-    return [_like(x), _like(weight), x.new_empty(0) if bias is None else _like(bias)]
+    return [like(x), like(weight), x.new_empty(0) if bias is None else like(bias)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -83,10 +83,6 @@ def _autograd_backward(ctx, dy):
 
 
 _conv.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _common(x, weight, bias, mask, cu_seqlens, left, silu):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend
+from mabert.ops.native import like
 from mabert.ops.selective_scan import fallback, native, reference
 from mabert.ops.selective_scan.kept import kept_rows
 
@@ -98,7 +99,7 @@ def _(
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(x.dtype, torch.float32)
     final, kept = (x.new_empty(n, *A.shape, dtype=dtype) for n in (sequences, kept_rows))
-    return _like(x), final, kept
+    return like(x), final, kept
 
 
 @torch.library.custom_op("mabert::selective_scan_backward", mutates_args=())
@@ -148,11 +149,7 @@ def _(
     kept,
     backend,
 ) -> list[Tensor]:
-    return [x.new_empty(0) if t is None else _like(t) for t in (x, delta, A, B, C, D, z, delta_bias, initial_state)]
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return [x.new_empty(0) if t is None else like(t) for t in (x, delta, A, B, C, D, z, delta_bias, initial_state)]
 
 
 def _setup_context(ctx, inputs, output) -> None:

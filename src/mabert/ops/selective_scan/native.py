@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mabert.ops.native import DTYPES, boundaries, flat, kernels, rows, threads
+from mabert.ops.native import DTYPES, boundaries, flat, kernels, like, rows, threads
 from mabert.ops.selective_scan.kept import KEPT_EVERY
 
 
@@ -14,7 +14,7 @@ def forward(
     common, lengths, _keep_alive = _common(
         x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, delta_softplus, reverse
     )
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = like(x)
     final = x.new_empty(len(lengths), *A.shape, dtype=torch.float32)
     kept = x.new_empty(kept_rows, *A.shape, dtype=torch.float32)
     kept[sum(-(-length // KEPT_EVERY) for length in lengths) :] = 0
@@ -36,8 +36,8 @@ def backward(
     """See `fallback.backward`."""
     common, _, _keep_alive = _common(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, delta_softplus, reverse)
     dy, dfinal = dy.contiguous(), dfinal.contiguous()
-    dx, ddelta = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, delta))
-    dz = torch.empty_like(x, memory_format=torch.contiguous_format) if z is not None else x.new_empty(0)
+    dx, ddelta = like(x), like(delta)
+    dz = like(x) if z is not None else x.new_empty(0)
     dinitial = x.new_empty(0, dtype=torch.float32) if initial_state is None else torch.empty_like(initial_state)
     dA = torch.zeros_like(A)
     dB, dC = (torch.zeros(t.shape, dtype=torch.float32) for t in (B, C))
