@@ -26,6 +26,7 @@ from mabert.layers.attention import SelfAttention, grid_is_cheaper
 from mabert.layers.mamba import MambaLayer
 from mabert.models.init import init_module
 from mabert.ops import SequenceLayout, depthwise_conv, selective_scan
+from mabert.ops.native import kernels, missing_because
 
 INNER, STATE = 1536, 16  # the base model's
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -75,6 +76,18 @@ def forward_and_backward(inputs: dict[str, Tensor], backend: str) -> Callable[[]
         torch.autograd.grad(y, list(inputs.values()), seed)
 
     return run
+
+
+def on(instruction_set: str, run: Callable[[], object]) -> Callable[[], object]:
+    """The same run with kernels for an older processor."""
+    best = kernels.isa()
+
+    def older() -> None:
+        kernels.use_isa(instruction_set)
+        run()
+        kernels.use_isa(best)
+
+    return older
 
 
 def correctness() -> dict[str, float]:
@@ -132,9 +145,9 @@ def peers() -> dict[str, object]:
     inputs = scan_inputs(2048)
     torch.testing.assert_close(loop(inputs), selective_scan(**inputs), rtol=1e-3, atol=1e-3)
     runs: dict[str, Callable[[], object]] = {"transformers' loop": partial(loop, inputs)}
-    results["forward, 2048"] = timings(
-        {"mabert": forward(inputs, "native"), "mabert, torch backend": forward(inputs, "torch"), **runs}, seconds=5
-    )
+    runs |= {"mabert": forward(inputs, "native"), "mabert, torch backend": forward(inputs, "torch")}
+    runs |= {f"mabert, {isa}": on(isa, forward(inputs, "native")) for isa in kernels.isas()[1:]}
+    results["forward, 2048"] = timings(runs, seconds=5)
     inputs = scan_inputs(512, grad=True)
     seed = torch.randn(1, 512, INNER)
     runs = {
@@ -315,6 +328,8 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = arguments.only or [*parts, *(["rte_pairs"] if arguments.rte else [])]
 
+    if kernels is None:
+        parser.exit(2, f"the CPU kernels are not compiled, there is nothing to measure: {missing_because}\n")
     keep_freed_memory()
     results = json.loads(arguments.output.read_text()) if arguments.only and arguments.output.exists() else {}
     results |= {"sizes": {"batch": 1, "inner": INNER, "state": STATE}, "correctness": correctness()}
