@@ -135,7 +135,15 @@ def test_the_first_signal_saves_and_stops(signum):
     assert stop_asked("on_save", signum=signum) == (True, False)
 
 
-def test_the_second_signal_acts_at_once_and_handlers_are_put_back():
+@pytest.fixture
+def python_handles_ctrl_c():
+    """A process started in the background of a shell ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_acts_at_once_and_handlers_are_put_back(python_handles_ctrl_c):
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     with StopOnSignal() as stop:
         signal.raise_signal(signal.SIGINT)
