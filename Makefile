@@ -33,7 +33,7 @@ wheel: $(INSTALLED) ## build a wheel, install it into an environment of its own 
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install -q -c constraints.txt "$$(ls build/wheel/*.whl)[train]" hypothesis pytest
 	cp -r tests examples scripts docs results build/wheel/
-	cd build/wheel && venv/bin/python -c "import mabert; assert 'build/wheel/venv' in mabert.__file__, mabert.__file__"
+	cd build/wheel && venv/bin/python -c "from mabert.ops import native; assert 'build/wheel/venv' in native.kernels.__file__"
 	cd build/wheel && venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir . tests
 	@mkdir -p dist && cp build/wheel/*.whl dist/ && ls dist
 

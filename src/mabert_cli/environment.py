@@ -109,26 +109,25 @@ def outcome(op: str, device: "torch.device", backend: "Backend") -> tuple[str, s
 
 def largest_error(op: str, device: "torch.device", backend: str) -> float:
     """The largest absolute error of output and gradients of one op on unit-scale input, fp32 against the reference in
-    float64: two packed sequences, odd sizes."""
+    float64: two packed sequences, the models' state size, and channels that fill some vectors and one only in part."""
     import torch
     from torch import Tensor
 
     from mabert.ops import depthwise_conv, selective_scan
 
     def scan(leaves: list[Tensor], cu_seqlens: Tensor, backend: str) -> Tensor:
-        x, delta, A, B, C = leaves
-        y, _final = selective_scan(
-            x, delta, -A.exp(), B, C, cu_seqlens=cu_seqlens, return_final_state=True, backend=backend
-        )
+        x, delta, A, B, C, D, z, bias = leaves
+        y = selective_scan(x, delta, -A.exp(), B, C, D, z, delta_bias=bias, cu_seqlens=cu_seqlens, backend=backend)
+        assert isinstance(y, Tensor)
         return y
 
     def convolution(leaves: list[Tensor], cu_seqlens: Tensor, backend: str) -> Tensor:
         return depthwise_conv(*leaves, activation="silu", cu_seqlens=cu_seqlens, backend=backend)
 
-    length, inner, state = 37, 5, 3
+    length, inner, state = 37, 149, 16
     x_BLE, B_BLN = (1, length, inner), (1, length, state)
     run, shapes = {
-        "selective_scan": (scan, (x_BLE, x_BLE, (inner, state), B_BLN, B_BLN)),
+        "selective_scan": (scan, (x_BLE, x_BLE, (inner, state), B_BLN, B_BLN, (inner,), x_BLE, (inner,))),
         "depthwise_conv": (convolution, (x_BLE, (inner, 4), (inner,))),
     }[op]
     generator = torch.Generator().manual_seed(0)

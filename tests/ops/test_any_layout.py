@@ -58,7 +58,11 @@ def sequences_of(batch, length, mask, cu_seqlens):
 def assert_close(actual, expected, name):
     scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
-        actual.detach().double(), expected.detach(), rtol=0, atol=3e-5 * scale + 1e-6, msg=lambda message: f"{name}: {message}"
+        actual.detach().double(),
+        expected.detach(),
+        rtol=0,
+        atol=3e-5 * scale + 1e-6,
+        msg=lambda message: f"{name}: {message}",
     )
 
 
@@ -66,7 +70,7 @@ def assert_close(actual, expected, name):
 @settings(deadline=None, max_examples=60)
 @given(
     layout=layouts(),
-    inner=st.sampled_from([1, 5, 16, 17, 40]),
+    inner=st.sampled_from([1, 5, 16, 17, 40, 130, 144]),
     state=st.sampled_from([1, 3, 8, 16, 17]),
     reverse=st.booleans(),
     softplus=st.booleans(),
@@ -147,7 +151,7 @@ def test_scan_is_that_of_each_sequence_alone(backend, layout, inner, state, reve
 @settings(deadline=None, max_examples=60)
 @given(
     layout=layouts(),
-    inner=st.sampled_from([1, 5, 16, 17, 40]),
+    inner=st.sampled_from([1, 5, 16, 17, 40, 130, 144]),
     width=st.sampled_from([1, 2, 3, 4, 7]),
     mode=st.sampled_from(["centered", "causal"]),
     activation=st.sampled_from(["silu", None]),

@@ -131,3 +131,29 @@ def test_native_refuses_what_it_would_have_to_cast():
         depthwise_conv(torch.zeros(1, 4, 3), torch.zeros(3, 17), backend="native")
     with pytest.raises(ValueError, match="last dimension of x must be contiguous"):
         depthwise_conv(torch.zeros(1, 3, 4).mT, torch.zeros(3, 4), backend="native")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": torch.zeros(5)}, r"bias must have shape \(37,\), not \(5,\)"),
+        ({"bias": torch.zeros(1)}, r"bias must have shape"),
+        ({"mask": torch.ones(1, 1, dtype=torch.bool)}, r"mask must have shape \(1, 20\), not \(1, 1\)"),
+        ({"weight": torch.zeros(37, 0)}, "W at least 1"),
+        ({"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)}, r"must run from 0 to 20 .* not \[0, 7\]"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, r"must be \(S\+1,\) int32"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("native", marks=IF_COMPILED)])
+def test_what_does_not_fit_is_refused_before_anything_is_read(backend, change, message):
+    arguments = {"x": torch.zeros(1, 20, 37), "weight": torch.zeros(37, 4), "bias": torch.zeros(37)} | change
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv(**arguments, backend=backend)
+
+
+@IF_COMPILED
+@pytest.mark.parametrize("change", [{"weight": torch.zeros(37, 4).double()}, {"bias": torch.zeros(37).int()}])
+def test_native_casts_no_weight_silently(change):
+    arguments = {"x": torch.zeros(1, 20, 37), "weight": torch.zeros(37, 4), "bias": torch.zeros(37)} | change
+    with pytest.raises(ValueError, match=r"must be float32 or torch\.float32, not torch\.(float64|int32)"):
+        depthwise_conv(**arguments, backend="native")

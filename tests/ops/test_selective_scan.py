@@ -1,10 +1,11 @@
+import shutil
 import sys
 
 import pytest
 import torch
 
 from mabert.ops import selective_scan
-from mabert.ops.native import kernels
+from mabert.ops.native import kernels, missing_because
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(kernels is None, reason="the CPU kernels were not compiled"))
 COMPARED = ["torch", NATIVE]
@@ -299,6 +300,22 @@ class TestNativeKernel:
             for name, tensor in results[0].items():
                 assert torch.equal(other[name], tensor), name
 
+    def test_a_backward_may_run_on_another_instruction_set_than_its_forward(self, isa):
+        inputs = make_inputs(1, 75, 37, 16, dtype=torch.float32)
+        expected = outputs_and_gradients(inputs, backend="native")
+        y, state = selective_scan(**inputs, return_final_state=True, backend="native")
+        kernels.use_isa(kernels.isas()[0])
+        g = torch.Generator().manual_seed(99)
+        weight_y, weight_state = (
+            torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in (y, state)
+        )
+        gradients = torch.autograd.grad([y, state], list(inputs.values()), [weight_y, weight_state])
+        for name, gradient in zip(inputs, gradients, strict=True):
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+    def test_decays_beyond_the_largest_number_are_infinite(self, isa):
+        assert (self.vector_function(3, torch.tensor([128.0, 300.0, 1e9])) == float("inf")).all()
+
     def vector_function(self, which, values):
         out = torch.empty_like(values)
         kernels.vector_function(which, values.data_ptr(), out.data_ptr(), values.numel())
@@ -379,3 +396,17 @@ def test_a_training_step_needs_little_more_memory_than_its_inputs_and_outputs(pe
         """
     )
     assert grown < 1.5 * (4 * length * inner + 2 * length * 16) * 4
+
+
+@pytest.mark.parametrize("boundaries", [[1, 20], [0, 19], [0, 12, 5, 20], []])
+@pytest.mark.parametrize("backend", [*COMPARED, "reference"])
+def test_boundaries_that_do_not_part_the_row_are_refused(backend, boundaries):
+    inputs = make_inputs(1, 20, 4, 3, dtype=torch.float32) | {"initial_state": None}
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        selective_scan(**inputs, cu_seqlens=torch.tensor(boundaries, dtype=torch.int32), backend=backend)
+
+
+def test_where_there_is_a_compiler_the_kernels_were_compiled():
+    """Or a mistake in them would leave a pure-Python package, and every test of theirs would be skipped."""
+    compilers = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    assert kernels is not None or not compilers, missing_because

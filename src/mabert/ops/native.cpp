@@ -8,6 +8,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -81,14 +84,24 @@ void use_isa(const std::string& name) {
     throw std::invalid_argument("this processor has no instruction set named " + name);
 }
 
+int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 // Runs task(i, scratch) for every i below count.
 template <class Task>
 void parallel(int64_t count, int threads, size_t scratch_bytes, Task task) {
-#pragma omp parallel num_threads(threads) if (count > 1 && threads > 1)
+    const int used = count > 1 && threads > 1 ? threads : 1;
+    const size_t each = (scratch_bytes + 63) / 64 * 64;
+    std::unique_ptr<char[]> scratch(new char[used * each]);  // here: an exception must not leave a parallel region
+#pragma omp parallel num_threads(used) if (used > 1)
     {
-        std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) task(i, scratch.get());
+        for (int64_t i = 0; i < count; i++) task(i, scratch.get() + thread_number() * each);
     }
 }
 
@@ -179,8 +192,9 @@ void scan_forward(std::tuple<int64_t, int64_t, int64_t, int64_t> shape, int64_t 
     expect_writes(a.y.data, a.batch * a.length * a.inner * bytes_each(bf16));
     if (a.keep) expect_writes(a.kept, kept_count * a.inner * a.state * sizeof(float));
     const int64_t groups = blocks(a.inner, CHANNELS);
+    const Isa& set = isa();  // once: another thread may choose another one meanwhile
     parallel(units * groups, threads, scan_scratch_bytes(a.state), [&](int64_t i, void* scratch) {
-        isa().scan_forward(a, i / groups, i % groups * CHANNELS, scratch);
+        set.scan_forward(a, i / groups, i % groups * CHANNELS, scratch);
     });
 }
 
@@ -212,8 +226,9 @@ void scan_backward(std::tuple<int64_t, int64_t, int64_t, int64_t> shape, int64_t
     a.dA_part = dA_part.get();
     a.dD_part = dD_part.get();
     a.dbias_part = dbias_part.get();
+    const Isa& set = isa();
     parallel(unit_groups * groups, threads, scan_scratch_bytes(a.state), [&](int64_t i, void* scratch) {
-        isa().scan_backward(a, i / groups, i % groups * CHANNELS, scratch);
+        set.scan_backward(a, i / groups, i % groups * CHANNELS, scratch);
     });
     if (!unit_groups || !groups) return;
     add_parts(dB_part.get(), (float*)dB, groups, tokens * a.state, threads);
@@ -247,8 +262,9 @@ void conv_forward(std::tuple<int64_t, int64_t, int64_t> shape, int width, int le
     a.y = rows(y);
     expect_writes(a.y.data, a.batch * a.length * a.inner * bytes_each(bf16));
     const int64_t groups = blocks(a.inner, CHANNELS);
+    const Isa& set = isa();
     parallel(units * groups, threads, 0, [&](int64_t i, void*) {
-        isa().conv_forward(a, i / groups, i % groups * CHANNELS);
+        set.conv_forward(a, i / groups, i % groups * CHANNELS);
     });
 }
 
@@ -266,8 +282,9 @@ void conv_backward(std::tuple<int64_t, int64_t, int64_t> shape, int width, int l
     const Floats dweight_part = floats(unit_groups * a.inner * width), dbias_part = floats(unit_groups * a.inner);
     a.dweight_part = dweight_part.get();
     a.dbias_part = dbias_part.get();
+    const Isa& set = isa();
     parallel(unit_groups * groups, threads, 0, [&](int64_t i, void*) {
-        isa().conv_backward(a, i / groups, i % groups * CHANNELS);
+        set.conv_backward(a, i / groups, i % groups * CHANNELS);
     });
     if (!unit_groups || !groups) return;
     add_parts(dweight_part.get(), (float*)dweight, unit_groups, a.inner * width, threads);

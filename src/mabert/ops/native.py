@@ -1,11 +1,12 @@
 """The compiled CPU kernels: whether they are there, and what they demand of a tensor."""
 
 from importlib import import_module
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mabert.ops.boundaries import check_boundaries
 
 kernels: Any = None
 missing_because = ""
@@ -65,10 +66,8 @@ def boundaries(cu_seqlens: Tensor, length: int) -> tuple[Tensor, list[int]]:
         ValueError: they do not run from 0 to `length` without decreasing.
     """
     _check("cu_seqlens", cu_seqlens, torch.int32)
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != length or any(b < a for a, b in pairwise(ends)):
-        raise ValueError(f"cu_seqlens must run from 0 to {length} without decreasing, not {ends}.")
-    return cu_seqlens.contiguous(), [b - a for a, b in pairwise(ends)]
+    check_boundaries(cu_seqlens, length)
+    return cu_seqlens.contiguous(), cu_seqlens.diff().tolist()
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -131,6 +131,15 @@ INLINE vf at_least(vf x, float bound) {
 #endif
 }
 
+// min(x, bound), NaN where x is NaN.
+INLINE vf at_most(vf x, float bound) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (vf)_mm256_min_ps((__m256)splat(bound), (__m256)x);
+#else
+    return x > bound ? splat(bound) : x;
+#endif
+}
+
 // A number split as n + f, n the nearest integer. `bits` holds n where there is no instruction that multiplies by 2^n.
 struct Split {
     vf n, f;
@@ -169,11 +178,12 @@ INLINE vf power_of_two(const Split& s) {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147182f;
 
-// 2^t for finite t <= 127, the decay of the scan with t = Δ·(A log2 e): 1 exactly at 0; within 1 ulp and unbiased for
-// |t| <= 0.14, so that long products of decays stay true. Below -126 it stays there or goes to zero.
+// 2^t for finite t, the decay of the scan with t = Δ·(A log2 e): 1 exactly at 0; within 1 ulp and unbiased for
+// |t| <= 0.14, so that long products of decays stay true. Below -126 it stays there or goes to zero, from 128 on it is
+// infinite.
 INLINE vf exp2(vf t) {
 #if !defined(__AVX512F__)
-    t = at_least(t, -126.0f);
+    t = at_most(at_least(t, -126.0f), 128.0f);
 #endif
     return power_of_two(split(t));
 }

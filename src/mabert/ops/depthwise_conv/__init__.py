@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend
+from mabert.ops.boundaries import check_boundaries
 from mabert.ops.depthwise_conv import fallback, native, reference
 
 IMPLEMENTATIONS = {
@@ -41,19 +42,14 @@ def depthwise_conv(
         (B, L, E) in x's dtype; sums in at least fp32.
 
     Raises:
-        ValueError: a shape does not fit, or mode or activation is unknown.
+        ValueError: a shape does not fit, cu_seqlens does not part the row, or mode or activation is unknown.
     """
     if mode not in ("centered", "causal") or activation not in ("silu", None):
         raise ValueError(
             f"depthwise_conv knows modes 'centered' and 'causal' and activation 'silu' or None, "
             f"not mode={mode!r}, activation={activation!r}."
         )
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        raise ValueError(
-            f"depthwise_conv takes x (B, L, E) and weight (E, W), not {tuple(x.shape)} and {tuple(weight.shape)}."
-        )
-    if cu_seqlens is not None and x.shape[0] != 1:
-        raise ValueError(f"cu_seqlens describes one row of packed sequences, but x has {x.shape[0]} rows.")
+    _check_shapes(x, weight, bias, mask, cu_seqlens)
     width = weight.shape[1]
     # CHOICE: a centred kernel of even width sees one more neighbour to the right than to the left
     left = (width - 1) // 2 if mode == "centered" else width - 1
@@ -61,3 +57,18 @@ def depthwise_conv(
         weight, left = weight.flip(1), width - 1 - left
     run = IMPLEMENTATIONS[choose_backend("depthwise_conv", x.device, x.dtype, backend)]
     return run(x, weight, bias, mask, cu_seqlens, left, activation == "silu")
+
+
+def _check_shapes(x, weight, bias, mask, cu_seqlens) -> None:
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
+        raise ValueError(
+            f"depthwise_conv takes x (B, L, E) and weight (E, W), W at least 1, not {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}."
+        )
+    for name, tensor, shape in (("bias", bias, x.shape[2:]), ("mask", mask, x.shape[:2])):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"depthwise_conv: {name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}.")
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
+            raise ValueError(f"cu_seqlens describes one row of packed sequences, but x has {x.shape[0]} rows.")
+        check_boundaries(cu_seqlens, x.shape[1])

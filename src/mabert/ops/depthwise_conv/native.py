@@ -93,6 +93,9 @@ def _common(x, weight, bias, mask, cu_seqlens, left, silu):
         raise ValueError(
             f"native kernel: at most {kernels.MAX_WIDTH} taps, not {weight.shape[1]}. Use backend='torch'."
         )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"native kernel: {name} must be float32 or {x.dtype}, not {tensor.dtype}.")
     batch, length, inner = x.shape
     units = batch
     if cu_seqlens is not None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend
+from mabert.ops.boundaries import check_boundaries
 from mabert.ops.native import like
 from mabert.ops.selective_scan import fallback, native, reference
 from mabert.ops.selective_scan.kept import kept_rows
@@ -49,7 +50,7 @@ def selective_scan(
         or in float64 when x is. Gradients flow through both.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or cu_seqlens does not part the row.
     """
     _check_shapes(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state)
     name = choose_backend("selective_scan", x.device, x.dtype, backend)
@@ -155,11 +156,15 @@ def _(
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(True)
+    ctx.y_shape, ctx.final_shape = output[0].shape, output[1].shape
+    ctx.set_materialize_grads(False)  # or it would make zeros for the kept states as well
 
 
 def _autograd_backward(ctx, dy, dfinal, _dkept):
     *tensors, kept = ctx.saved_tensors
+    x = tensors[0]
+    dy = x.new_zeros(ctx.y_shape) if dy is None else dy
+    dfinal = x.new_zeros(ctx.final_shape, dtype=kept.dtype) if dfinal is None else dfinal
     grads = _scan_backward(dy, dfinal, *tensors, ctx.delta_softplus, ctx.reverse, kept, ctx.backend)
     x, delta, A, B, C, D, z, delta_bias, initial_state = (
         g if t is not None else None for g, t in zip(grads, (*tensors[:8], tensors[10]), strict=True)
@@ -175,8 +180,10 @@ def _check_shapes(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial
         raise ValueError(f"selective_scan takes x (B, L, E) and A (E, N), not {tuple(x.shape)} and {tuple(A.shape)}.")
     batch, length, inner = x.shape
     state_size = A.shape[1]
-    if cu_seqlens is not None and batch != 1:
-        raise ValueError(f"cu_seqlens describes one row of packed sequences, but x has {batch} rows.")
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens describes one row of packed sequences, but x has {batch} rows.")
+        check_boundaries(cu_seqlens, length)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     expected = {
         "delta": (delta, (batch, length, inner)),

@@ -73,6 +73,18 @@ INLINE void transpose_out(const vf* from, int64_t state, int lanes, float* to) {
     }
 }
 
+// The states of one vector of channels before a tile: rows of 16 channels (fewer at the end), whatever LANES is.
+struct Kept {
+    float* states;
+    int64_t stride;
+
+    Kept(const ScanArgs& a, int64_t unit, int64_t first, int64_t channel) {
+        const int64_t block = channel / 16 * 16;
+        stride = a.inner - block < 16 ? a.inner - block : 16;
+        states = a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + block) * a.state + channel - block;
+    }
+};
+
 // STATE is the number of states when it is known at compile time (they then stay in registers), else 0.
 template <class T, int STATE>
 void forward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int lanes, const vf* A, const float* B,
@@ -152,8 +164,8 @@ void forward(const ScanArgs& a, int64_t unit, int64_t first_channel, void* scrat
         for (int c = 0, b = 0; c < channels; c += LANES, b++) {
             const int lanes = channels - c < LANES ? channels - c : LANES;
             if (a.keep) {
-                float* kept = a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + first_channel + c) * N;
-                for (int64_t n = 0; n < N; n++) store(kept + n * lanes, h[b * N + n], lanes);
+                const Kept kept(a, unit, first, first_channel + c);
+                for (int64_t n = 0; n < N; n++) store(kept.states + n * kept.stride, h[b * N + n], lanes);
             }
             forward_block<T, STATE>(a, tile, first_channel + c, lanes, A + b * N, B, C, h + b * N);
         }
@@ -312,8 +324,8 @@ void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scr
             for (int c = 0, b = 0; c < channels; c += LANES, b++) {
                 const int lanes = channels - c < LANES ? channels - c : LANES;
                 const int64_t channel = first_channel + c;
-                const float* kept = a.kept + ((a.kept_row[unit] + first / TILE) * a.inner + channel) * N;
-                for (int64_t n = 0; n < N; n++) w.states[n] = load(kept + n * lanes, lanes);
+                const Kept kept(a, unit, first, channel);
+                for (int64_t n = 0; n < N; n++) w.states[n] = load(kept.states + n * kept.stride, lanes);
                 backward_block<T, STATE>(a, tile, channel, lanes, A + b * N, B, C, w, dh + b * N, dA + b * N, dD + b,
                                          dbias + b);
             }

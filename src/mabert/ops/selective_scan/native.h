@@ -19,7 +19,7 @@ struct ScanArgs {
     bool bf16, softplus, reverse, keep;
     Rows x, delta, B, C, z, y;
     const float *A, *D, *bias, *initial;  // (E, N), (E), (E), (units, E, N)
-    float *final_state, *kept;            // (units, E, N); (rows, E, N), the state before each tile, by vectors
+    float *final_state, *kept;            // (units, E, N); (rows, E, N), the state before each tile, by 16 channels
 
     // Backward only.
     Rows dy, dx, ddelta, dz;

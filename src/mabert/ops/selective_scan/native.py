@@ -6,6 +6,11 @@ from torch import Tensor
 from mabert.ops.native import DTYPES, boundaries, flat, kernels, like, rows, threads
 from mabert.ops.selective_scan.kept import KEPT_EVERY
 
+if kernels is not None and kernels.TILE != KEPT_EVERY:
+    raise ImportError(
+        f"the compiled kernels keep a state every {kernels.TILE} steps, this source every {KEPT_EVERY}: install again"
+    )
+
 
 def forward(
     x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows
