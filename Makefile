@@ -22,9 +22,9 @@ test-slow: $(INSTALLED) ## the tests that take minutes: kills and resumes, sever
 gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(INSTALLED) ## measure the CPU kernels beside their peers; RTE=<folder with its dev.tsv> adds real pairs
+bench: $(INSTALLED) ## measure the CPU kernels beside their peers; GLUE=<folder> TOKENIZER=<folder> adds real pairs
 	$(BIN)/python -m pip install -q -c constraints.txt mambapy
-	$(BIN)/python -m benchmarks.kernels --output results/kernels-cpu.json $(if $(RTE),--rte $(RTE))
+	$(BIN)/python -m benchmarks.kernels --output results/kernels-cpu.json $(if $(GLUE),--glue $(GLUE) --tokenizer $(TOKENIZER))
 	$(BIN)/python scripts/render_results.py
 
 wheel: $(INSTALLED) ## build a wheel, install it into an environment of its own and test it there
