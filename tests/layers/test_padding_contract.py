@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mabert import MaBertConfig, MaBertForMaskedLM, MaBertForSequenceClassification, MaBertModel
 from mabert.layers.mamba import MambaLayer, MambaMixer
@@ -450,3 +451,30 @@ class TestModel:
         mask = torch.tensor([[1, 0, 1]])
         with pytest.raises(ValueError, match=r"between real tokens of a row.*execution='packed'"):
             model(torch.ones(1, 3, dtype=torch.long), attention_mask=mask)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran, with the number of elements that each one made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = result.numel() if isinstance(result, torch.Tensor) else 0
+        self.seen.append((func.overloadpacket.__name__, made))
+        return result
+
+
+@pytest.mark.skipif(kernels is None, reason="the CPU kernels were not compiled")
+def test_a_mixers_forward_copies_nothing_of_the_size_of_its_tokens():
+    """Channels stay last from projection to projection: what is made is made by products, convolution and scan."""
+    config = small_config(execution="packed")
+    mixer = randomise(MambaMixer(config, "forward"), config)
+    layout = SequenceLayout.build(1, 200, "cpu", packed=True)
+    with torch.no_grad(), Operations() as operations:
+        mixer(torch.randn(200, 32), layout)
+    copies = {"clone", "copy_", "_to_copy", "cat", "contiguous", "index_select", "stack"}
+    assert [(name, made) for name, made in operations.seen if name in copies and made >= 200 * 32] == []
+    assert {"selective_scan", "depthwise_conv"} <= {name for name, _ in operations.seen}

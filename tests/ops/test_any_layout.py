@@ -4,7 +4,9 @@ Pads and uninitialised memory hold NaN, so that whatever is read without having 
 all, shows.
 """
 
+import ctypes
 import itertools
+import sys
 
 import pytest
 import torch
@@ -17,11 +19,20 @@ from mabert.ops.native import kernels
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(kernels is None, reason="the CPU kernels were not compiled"))
 
 
+M_PERTURB = -6  # of glibc's mallopt: fill what is allocated
+
+
 @pytest.fixture(autouse=True, scope="module")
-def uninitialised_memory_holds_nan():
+def uninitialised_memory_is_poisoned():
+    """torch's with NaN, the kernels' own scratch, where glibc hands it out, with 3.4e38."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     torch.use_deterministic_algorithms(True)
+    if mallopt:
+        mallopt(M_PERTURB, 0x80)
     yield
     torch.use_deterministic_algorithms(False)
+    if mallopt:
+        mallopt(M_PERTURB, 0)
 
 
 @st.composite

@@ -300,6 +300,20 @@ class TestNativeKernel:
             for name, tensor in results[0].items():
                 assert torch.equal(other[name], tensor), name
 
+    def test_tiny_steps_over_a_long_sequence_in_every_gradient(self, isa):
+        length = 4096
+        inputs = make_inputs(1, length, 17, 16, dtype=torch.float32)
+        # of various sizes: one decay rounded in the same way at every step is wrong in any arithmetic of this precision
+        steps = torch.rand(1, length, 17, generator=torch.Generator().manual_seed(5)) + 0.5
+        inputs["delta"] = (1e-3 * steps).requires_grad_()
+        inputs["delta_bias"] = torch.zeros(17, requires_grad=True)
+        exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+        expected = outputs_and_gradients(exact, backend="torch", delta_softplus=False)
+        actual = outputs_and_gradients(inputs, backend="native", delta_softplus=False)
+        for name, truth in expected.items():
+            error = (actual[name].double() - truth).norm() / truth.norm()
+            assert error < 5e-6, f"{name}: {error:.1e}"
+
     def test_a_backward_may_run_on_another_instruction_set_than_its_forward(self, isa):
         inputs = make_inputs(1, 75, 37, 16, dtype=torch.float32)
         expected = outputs_and_gradients(inputs, backend="native")

@@ -18,7 +18,7 @@ CALL_COST = 4e5
 COPY_COST = 16.0
 
 # torch's CPU attention writes out its scores when it drops some: at most so many at a time.
-SCORES_AT_ONCE = 2**21
+SCORES_AT_ONCE = 2**23
 
 
 def eager_attention(
