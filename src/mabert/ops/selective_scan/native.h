@@ -31,7 +31,7 @@ struct ScanArgs {
 };
 
 constexpr int TILE = 32;            // steps between two kept states
-constexpr int CHANNELS = 128;        // channels of one task
+constexpr int CHANNELS = 128;       // channels of one task
 constexpr int64_t UNIT_GROUPS = 16;  // at most so many partial sums over units
 
 // Bytes of scratch that one task needs, for the widest vectors (64 bytes).
