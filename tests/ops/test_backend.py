@@ -23,8 +23,27 @@ def test_automatic_choice_is_reported_once_with_its_cost(caplog, monkeypatch):
         choose_backend("selective_scan", CPU, F32)
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
     assert "'torch' backend" in caplog.text
-    assert "ten times as long as with a compiled kernel" in caplog.text
+    assert "more than ten times as long as with a compiled kernel" in caplog.text
     assert "'native' backend is not used: it was not compiled (no compiler). Install a C++ compiler" in caplog.text
+
+
+def test_a_backend_that_was_asked_for_is_reported_too(caplog, monkeypatch):
+    monkeypatch.setattr("mabert.ops.backend._reported", set())
+    monkeypatch.setattr("mabert.ops.native.kernels", object())
+    with caplog.at_level(logging.INFO, logger="mabert"), use_backend("torch"):
+        choose_backend("selective_scan", CPU, F32)
+        choose_backend("selective_scan", CPU, F32)
+    (record,) = caplog.records  # and what it costs is not said: a better one is there, and was not wanted
+    assert record.levelname == "INFO"
+    assert "'torch' backend" in record.getMessage()
+
+
+def test_a_scan_compiled_from_its_first_call_says_what_is_missing(caplog, monkeypatch):
+    monkeypatch.setattr("mabert.ops.backend._reported", set())
+    compiled = torch.compile(lambda x, A: selective_scan(x, x, A, x, x), backend="eager", fullgraph=True)
+    with caplog.at_level(logging.INFO, logger="mabert"):
+        compiled(torch.zeros(1, 2, 3), torch.zeros(3, 3))
+    assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
 
 
 def test_the_compiled_kernel_comes_first_where_it_can_run(caplog, monkeypatch):

@@ -28,7 +28,7 @@ class Backend:
         missing: why it cannot run on a device, or None when it can.
         dtypes: the dtypes it takes.
         automatic: whether it may be chosen without being asked for.
-        cost: what using it instead of a better one costs, said when it is chosen automatically.
+        cost: what using it instead of a better one costs, said where no better one can run.
     """
 
     name: str
@@ -71,7 +71,7 @@ BACKENDS = (
         "plain PyTorch, chunked over time",
         _everywhere,
         _MORE_FLOATS,
-        cost="the selective scan takes about ten times as long as with a compiled kernel (docs/results.md)",
+        cost="the selective scan takes more than ten times as long as with a compiled kernel (docs/results.md)",
     ),
     Backend("reference", "the specification: a loop over time", _everywhere, _MORE_FLOATS, automatic=False),
 )
@@ -115,13 +115,31 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype, requested:
         reason = _by_name(name).refuses(device, dtype)
         if reason:
             raise RuntimeError(f"Backend {name!r} cannot run {op}: {reason}")
-        return name
-    for backend in BACKENDS:
-        if backend.automatic and backend.refuses(device, dtype) is None:
-            if not torch.compiler.is_compiling():
-                _report(op, device, dtype, backend)
-            return backend.name
-    raise RuntimeError(f"No backend runs {op} on {device} with {dtype}.")
+    else:
+        name = next((b.name for b in BACKENDS if b.automatic and b.refuses(device, dtype) is None), None)
+        if name is None:
+            raise RuntimeError(f"No backend runs {op} on {device} with {dtype}.")
+    if not torch.compiler.is_compiling():
+        report_backend(op, device, dtype, name)
+    return name
+
+
+def report_backend(op: str, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    """Say once which backend runs an op, and once what it costs where no better one can run.
+
+    `choose_backend` does that by itself, except under torch.compile, where an op's own code has to.
+    """
+    backend = _by_name(name)
+    key = (op, device.type, name)
+    if key in _reported:
+        return
+    _reported.add(key)
+    logger.info("%s on %s runs with the %r backend: %s", op, device.type, name, backend.about)
+    better = [other for other in BACKENDS[: BACKENDS.index(backend)] if other.automatic]
+    reasons = [(other.name, other.refuses(device, dtype)) for other in better]
+    if backend.cost and all(reason for _, reason in reasons):
+        said = " ".join(f"The {other!r} backend is not used: {reason}" for other, reason in reasons)
+        logger.warning("%s on %s: %s. %s", op, device.type, backend.cost, said)
 
 
 def _by_name(name: str) -> Backend:
@@ -129,17 +147,3 @@ def _by_name(name: str) -> Backend:
         if backend.name == name:
             return backend
     raise ValueError(f"Unknown backend {name!r}. There are: {', '.join(b.name for b in BACKENDS)}.")
-
-
-def _report(op: str, device: torch.device, dtype: torch.dtype, backend: Backend) -> None:
-    key = (op, device.type, backend.name)
-    if key in _reported:
-        return
-    _reported.add(key)
-    logger.info("%s on %s runs with the %r backend: %s", op, device.type, backend.name, backend.about)
-    if backend.cost:
-        better = (other for other in BACKENDS[: BACKENDS.index(backend)] if other.automatic)
-        reasons = " ".join(
-            f"The {other.name!r} backend is not used: {other.refuses(device, dtype)}" for other in better
-        )
-        logger.warning("%s on %s: %s. %s", op, device.type, backend.cost, reasons)

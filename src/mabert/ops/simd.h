@@ -205,15 +205,21 @@ INLINE vf log1p_unit(vf u) {
     return 2.0f * (s * (v * q) + s);
 }
 
-INLINE vf softplus(vf v) {
-    const vf magnitude = v < 0.0f ? -v : v;
-    const vf positive = v < 0.0f ? vf{} : v;
-    return positive + log1p_unit(exp(-magnitude));
-}
-
 INLINE vf sigmoid(vf v) {
     const vf e = exp(v < 0.0f ? v : -v);
     return (v < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// log(1 + e^v) and its slope, the sigmoid.
+INLINE vf softplus(vf v, vf& slope) {
+    const vf e = exp(v < 0.0f ? v : -v);
+    slope = (v < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+    return (v < 0.0f ? vf{} : v) + log1p_unit(e);
+}
+
+INLINE vf softplus(vf v) {
+    vf unused;
+    return softplus(v, unused);
 }
 
 // Flushes denormals to zero while it lives: a state that decays to nothing would otherwise slow the scan down.

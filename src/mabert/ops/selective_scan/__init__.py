@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mabert.ops.backend import choose_backend
+from mabert.ops.backend import choose_backend, report_backend
 from mabert.ops.boundaries import check_boundaries
 from mabert.ops.native import like
 from mabert.ops.selective_scan import fallback, native, reference
@@ -87,6 +87,7 @@ def _scan(
     kept_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    report_backend("selective_scan", x.device, x.dtype, backend)
     with torch.autocast(x.device.type, enabled=False):
         return IMPLEMENTATIONS[backend].forward(
             x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows

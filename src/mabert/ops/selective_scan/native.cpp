@@ -92,39 +92,41 @@ void forward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int lan
     const int64_t N = STATE ? STATE : a.state;
     const vf D = a.D ? load(a.D + channel, lanes) : vf{};
     const vf bias = a.bias ? load(a.bias + channel, lanes) : vf{};
+    // What does not wait for the state, for the whole tile: long chains of instructions that overlap here only.
+    vf delta[TILE], gate[TILE];
+    for (int t = 0; t < tile.steps; t++) {
+        fetch_ahead<T>(a, a.x, tile, t, channel, false);
+        fetch_ahead<T>(a, a.delta, tile, t, channel, false);
+        fetch_ahead<T>(a, a.z, tile, t, channel, false);
+        if (!tile.real[t]) continue;
+        delta[t] = load(at<T>(a.delta, tile.row, tile.time[t]) + channel, lanes) + bias;
+        if (a.softplus) delta[t] = softplus(delta[t]);
+        if (a.z.data) {
+            const vf z = load(at<T>(a.z, tile.row, tile.time[t]) + channel, lanes);
+            gate[t] = z * sigmoid(z);
+        }
+    }
+
     vf registers[STATE ? STATE : 1];
     vf* h = STATE ? registers : state_vectors;
     if (STATE)
         for (int n = 0; n < N; n++) h[n] = state_vectors[n];
     for (int t = 0; t < tile.steps; t++) {
-        fetch_ahead<T>(a, a.x, tile, t, channel, false);
-        fetch_ahead<T>(a, a.delta, tile, t, channel, false);
-        fetch_ahead<T>(a, a.z, tile, t, channel, false);
         T* y = at<T>(a.y, tile.row, tile.time[t]) + channel;
         if (!tile.real[t]) {
             store(y, vf{}, lanes);
             continue;
         }
-        const vf x = load(at<T>(a.x, tile.row, tile.time[t]) + channel, lanes);
-        vf delta = load(at<T>(a.delta, tile.row, tile.time[t]) + channel, lanes) + bias;
-        if (a.softplus) delta = softplus(delta);
-        const vf input = delta * x;
+        const vf x = load(at<T>(a.x, tile.row, tile.time[t]) + channel, lanes), input = delta[t] * x;
         const float *Bt = B + t * N, *Ct = C + t * N;
-        vf even = D * x, odd = {};
+        vf s[2] = {D * x};  // two sums wait half as long for each other as one
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
-            h[n] = exp2(delta * A[n]) * h[n] + input * Bt[n];
-            if (n % 2)
-                odd += h[n] * Ct[n];
-            else
-                even += h[n] * Ct[n];
+            h[n] = exp2(delta[t] * A[n]) * h[n] + input * Bt[n];
+            s[n % 2] += h[n] * Ct[n];
         }
-        vf s = even + odd;
-        if (a.z.data) {
-            const vf z = load(at<T>(a.z, tile.row, tile.time[t]) + channel, lanes);
-            s *= z * sigmoid(z);
-        }
-        store(y, s, lanes);
+        s[0] += s[1];
+        store(y, a.z.data ? s[0] * gate[t] : s[0], lanes);
     }
     if (STATE)
         for (int n = 0; n < N; n++) state_vectors[n] = h[n];
@@ -176,11 +178,13 @@ void forward(const ScanArgs& a, int64_t unit, int64_t first_channel, void* scrat
     }
 }
 
+INLINE void add(float* to, vf v, int count) { store(to, load(to, count) + v, count); }
+
 // What the backward keeps of a tile while it works on one block of channels.
 struct BlockScratch {
     vf *states, *decays;  // (TILE + 1, N) states, the first one before the tile; (TILE, N)
-    vf *x, *delta, *slope, *ds;  // (TILE)
-    vf *dB, *dC;                 // (TILE, N), summed over the blocks of the task
+    vf *x, *delta, *slope, *ds, *dz;  // (TILE)
+    float *dB, *dC;                   // (TILE, N), summed over the channels of the task
 };
 
 template <class T, int STATE>
@@ -190,48 +194,51 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
     const vf D = a.D ? load(a.D + channel, lanes) : vf{};
     const vf bias = a.bias ? load(a.bias + channel, lanes) : vf{};
 
+    // As in the forward: first what does not wait for the state.
     for (int t = 0; t < tile.steps; t++) {
         fetch_ahead<T>(a, a.x, tile, t, channel, true);
         fetch_ahead<T>(a, a.delta, tile, t, channel, true);
         fetch_ahead<T>(a, a.z, tile, t, channel, true);
         fetch_ahead<T>(a, a.dy, tile, t, channel, true);
+        if (!tile.real[t]) continue;
+        const int64_t time = tile.time[t];
+        w.x[t] = load(at<T>(a.x, tile.row, time) + channel, lanes);
+        w.delta[t] = load(at<T>(a.delta, tile.row, time) + channel, lanes) + bias;
+        w.slope[t] = splat(1.0f);
+        if (a.softplus) w.delta[t] = softplus(w.delta[t], w.slope[t]);
+        const vf dy = load(at<T>(a.dy, tile.row, time) + channel, lanes);
+        w.ds[t] = dy;
+        if (a.z.data) {
+            const vf z = load(at<T>(a.z, tile.row, time) + channel, lanes), gate = sigmoid(z);
+            w.ds[t] = dy * (z * gate);
+            w.dz[t] = dy * (gate + z * gate * (1.0f - gate));  // times the ungated output, which is not known yet
+        }
+    }
+
+    for (int t = 0; t < tile.steps; t++) {
         vf *before = w.states + t * N, *after = before + N, *decay = w.decays + t * N;
         if (!tile.real[t]) {
             for (int n = 0; n < N; n++) after[n] = before[n];
             continue;
         }
-        const int64_t time = tile.time[t];
-        const vf x = load(at<T>(a.x, tile.row, time) + channel, lanes);
-        vf delta = load(at<T>(a.delta, tile.row, time) + channel, lanes) + bias;
-        vf slope = splat(1.0f);
-        if (a.softplus) {
-            slope = sigmoid(delta);
-            delta = softplus(delta);
-        }
-        const vf input = delta * x;
+        const vf delta = w.delta[t], x = w.x[t], ds = w.ds[t], input = delta * x;
         const float *Bt = B + t * N, *Ct = C + t * N;
-        vf* dC = w.dC + t * N;
-        const vf dy = load(at<T>(a.dy, tile.row, time) + channel, lanes);
-        vf ds = dy, z = {}, gate = {};
-        if (a.z.data) {
-            z = load(at<T>(a.z, tile.row, time) + channel, lanes);
-            gate = sigmoid(z);
-            ds *= z * gate;
-        }
-        vf s = D * x;
+        vf s[2] = {D * x};
+        for (int first = 0; first < N; first += LANES) {
+            vf dC[LANES] = {};
+            const int states = N - first < LANES ? N - first : LANES;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; n++) {
-            decay[n] = exp2(delta * A[n]);
-            after[n] = decay[n] * before[n] + input * Bt[n];
-            s += after[n] * Ct[n];
-            dC[n] += ds * after[n];
+            for (int i = 0; i < states; i++) {
+                const int n = first + i;
+                decay[n] = exp2(delta * A[n]);
+                const vf state = decay[n] * before[n] + input * Bt[n];
+                after[n] = state;
+                s[n % 2] += state * Ct[n];
+                dC[i] = ds * state;
+            }
+            add(w.dC + t * N + first, sums(dC), states);
         }
-        if (a.z.data)
-            store(at<T>(a.dz, tile.row, time) + channel, dy * s * (gate + z * gate * (1.0f - gate)), lanes);
-        w.x[t] = x;
-        w.delta[t] = delta;
-        w.slope[t] = slope;
-        w.ds[t] = ds;
+        if (a.z.data) store(at<T>(a.dz, tile.row, tile.time[t]) + channel, w.dz[t] * (s[0] + s[1]), lanes);
     }
 
     vf dh_registers[STATE ? STATE : 1];
@@ -250,37 +257,34 @@ void backward_block(const ScanArgs& a, const Tile& tile, int64_t channel, int la
         const vf *before = w.states + t * N, *decay = w.decays + t * N;
         const vf x = w.x[t], delta = w.delta[t], ds = w.ds[t], input = delta * x;
         const float *Bt = B + t * N, *Ct = C + t * N;
-        vf* dB = w.dB + t * N;
-        vf dinput = {}, ddelta = {};
+        vf dinput[2] = {}, dexponents[2] = {};
+        for (int first = 0; first < N; first += LANES) {
+            vf dB[LANES] = {};
+            const int states = N - first < LANES ? N - first : LANES;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; n++) {
-            const vf g = dh[n] + ds * Ct[n];
-            dB[n] += g * input;
-            dinput += g * Bt[n];
-            const vf carried = g * decay[n], dexponent = carried * before[n];
-            ddelta += dexponent * A[n];
-            dA_vectors[n] += dexponent * delta;
-            dh[n] = carried;
+            for (int i = 0; i < states; i++) {
+                const int n = first + i;
+                const vf g = dh[n] + ds * Ct[n];
+                dB[i] = g * input;
+                dinput[n % 2] += g * Bt[n];
+                const vf carried = g * decay[n], dexponent = carried * before[n];
+                dexponents[n % 2] += dexponent * A[n];
+                dA_vectors[n] += dexponent * delta;
+                dh[n] = carried;
+            }
+            add(w.dB + t * N + first, sums(dB), states);
         }
-        ddelta = (ddelta * LN_2 + dinput * x) * w.slope[t];
+        dinput[0] += dinput[1];
+        const vf ddelta = ((dexponents[0] + dexponents[1]) * LN_2 + dinput[0] * x) * w.slope[t];
         dD_tile += ds * x;
         dbias_tile += ddelta;
-        store(at<T>(a.dx, tile.row, time) + channel, dinput * delta + ds * D, lanes);
+        store(at<T>(a.dx, tile.row, time) + channel, dinput[0] * delta + ds * D, lanes);
         store(at<T>(a.ddelta, tile.row, time) + channel, ddelta, lanes);
     }
     *dD += dD_tile;
     *dbias += dbias_tile;
     if (STATE)
         for (int n = 0; n < N; n++) dh_vectors[n] = dh[n];
-}
-
-// N vectors to N sums over their lanes.
-template <int STATE>
-INLINE void add_lanes(vf* v, int64_t state, float* to) {
-    if constexpr (STATE && STATE % LANES == 0)
-        for (int n = 0; n < STATE; n += LANES) store(to + n, sums(v + n));
-    else
-        for (int64_t n = 0; n < state; n++) to[n] = sum(v[n]);
 }
 
 template <class T, int STATE>
@@ -299,8 +303,9 @@ void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scr
     w.delta = arena.take<vf>(TILE);
     w.slope = arena.take<vf>(TILE);
     w.ds = arena.take<vf>(TILE);
-    w.dB = arena.take<vf>(TILE * N);
-    w.dC = arena.take<vf>(TILE * N);
+    w.dz = arena.take<vf>(TILE);
+    w.dB = arena.take<float>(TILE * N);
+    w.dC = arena.take<float>(TILE * N);
     for (int c = 0, b = 0; c < channels; c += LANES, b++) {
         transpose_in(a.A + (first_channel + c) * N, N, channels - c < LANES ? channels - c : LANES, A + b * N,
                      LOG2_E);
@@ -320,7 +325,7 @@ void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scr
             const Tile tile(a, u, first);
             gather_tile<T>(tile, a.B, N, B);
             gather_tile<T>(tile, a.C, N, C);
-            for (int64_t i = 0; i < tile.steps * N; i++) w.dB[i] = w.dC[i] = vf{};
+            for (int64_t i = 0; i < tile.steps * N; i++) w.dB[i] = w.dC[i] = 0.0f;
             for (int c = 0, b = 0; c < channels; c += LANES, b++) {
                 const int lanes = channels - c < LANES ? channels - c : LANES;
                 const int64_t channel = first_channel + c;
@@ -331,8 +336,10 @@ void backward(const ScanArgs& a, int64_t group, int64_t first_channel, void* scr
             }
             for (int t = 0; t < tile.steps; t++) {
                 const int64_t out = (tile.row * a.length + tile.time[t]) * N;
-                add_lanes<STATE>(w.dB + t * N, N, dB_part + out);
-                add_lanes<STATE>(w.dC + t * N, N, dC_part + out);
+                for (int64_t n = 0; n < N; n++) {
+                    dB_part[out + n] = w.dB[t * N + n];
+                    dC_part[out + n] = w.dC[t * N + n];
+                }
             }
         }
         if (a.dinitial)

@@ -36,8 +36,8 @@ constexpr int64_t UNIT_GROUPS = 16;  // at most so many partial sums over units
 
 // Bytes of scratch that one task needs, for the widest vectors (64 bytes).
 inline int64_t scan_scratch_bytes(int64_t state) {
-    const int64_t per_state = 3 * 4 * CHANNELS + 2 * 4 * TILE + 64 * (4 * TILE + 1);
-    return per_state * state + 2 * 4 * CHANNELS + 64 * 4 * TILE + 64 * 16;
+    const int64_t per_state = 3 * 4 * CHANNELS + 4 * 4 * TILE + 64 * (2 * TILE + 1);
+    return per_state * state + 2 * 4 * CHANNELS + 64 * 5 * TILE + 64 * 16;
 }
 
 #define MABERT_SCAN_KERNELS(isa)                                                         \
