@@ -1,4 +1,4 @@
-"""The part of the results on a MaBERT and its Transformer twins: learning curves and tasks from the file of the run."""
+"""The part of the results on a MaBERT and its Transformer twin: learning curves and tasks from the file of the run."""
 
 import json
 import statistics
@@ -21,10 +21,9 @@ def section() -> str:
     changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""
     seeds = len(next(iter(first["finetune"].values())))
     lines = [
-        "## A MaBERT and its Transformer twins on one CPU",
+        "## A MaBERT and its Transformer twin on one CPU",
         "",
-        "Small-scale: the `tiny` recipe with the pattern MMT repeated and with attention alone (T repeated; once with "
-        "the recipe's learned positions, once with rotary ones), at equal width and "
+        "Small-scale: the `tiny` recipe with the pattern MMT repeated and with attention alone, at equal width and "
         f"depth, for {first['pretrain']['steps']:,} steps ({first['pretrain']['tokens']:,} tokens) of English "
         "Wikipedia and books, with one vocabulary of 16,000. One pretraining seed each, one thread each, two at a "
         "time beside other work. Published "
@@ -88,7 +87,7 @@ def plot() -> None:
     results = json.loads(MEASURED.read_text(encoding="utf-8"))
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     entropy = 0.0
-    for (name, model), colour in zip(results["models"].items(), ("tab:blue", "tab:orange", "tab:green"), strict=True):
+    for (name, model), colour in zip(results["models"].items(), ("tab:blue", "tab:orange"), strict=True):
         points = [point for point in model["evaluations"] if point["length"] == 128]
         axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=name, color=colour)
         entropy = points[-1]["unigram_entropy"]

@@ -14,6 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # On tensors this small a second thread only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch  # noqa: E402  (reads the settings above)
+
+# Without a GPU, Triton's kernels run in its interpreter; it has to know before they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def imports_are_not_searched_for_garbage() -> None:

@@ -96,10 +96,10 @@ def test_wrong_input_is_named(arguments, options, message):
 
 @IF_COMPILED
 def test_native_opcheck_and_equal_bits_for_any_number_of_threads():
-    from mabert.ops.depthwise_conv.native import _conv
+    from mabert.ops.depthwise_conv import _conv
 
     x, weight, bias = make_inputs(3, 50, 4, torch.float32)
-    torch.library.opcheck(_conv, (x, weight, bias, None, None, 1, True))
+    torch.library.opcheck(_conv, (x, weight, bias, None, None, 1, True, "native"))
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2):

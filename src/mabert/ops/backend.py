@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from mabert.ops import native
+from mabert.ops import gpu, native
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Backend:
         about: what it is, in a few words.
         missing: why it cannot run on a device, or None when it can.
         dtypes: the dtypes it takes.
-        automatic: whether it may be chosen without being asked for.
+        devices: the kinds of devices on which it is chosen without being asked for; None for all.
         cost: what using it instead of a better one costs, said where no better one can run.
     """
 
@@ -35,8 +35,12 @@ class Backend:
     about: str
     missing: Callable[[torch.device], str | None]
     dtypes: tuple[torch.dtype, ...]
-    automatic: bool = True
+    devices: tuple[str, ...] | None
     cost: str = ""
+
+    def automatic(self, device: torch.device) -> bool:
+        """Whether it is chosen on this device without being asked for, where it can run."""
+        return self.devices is None or device.type in self.devices
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run on this device with this dtype, or None when it can."""
@@ -60,20 +64,21 @@ def _everywhere(device: torch.device) -> str | None:
     return None
 
 
-_FLOATS = (torch.float32, torch.bfloat16)
-_MORE_FLOATS = (*_FLOATS, torch.float16, torch.float64)
+_MORE_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The best one first.
 BACKENDS = (
-    Backend("native", "compiled CPU kernels", _native_missing, _FLOATS),
+    Backend("native", "compiled CPU kernels", _native_missing, native.DTYPES, ("cpu",)),
+    Backend("triton", "Triton kernels, compiled when first used", gpu.missing, gpu.DTYPES, ("cuda",)),
     Backend(
         "torch",
         "plain PyTorch, chunked over time",
         _everywhere,
         _MORE_FLOATS,
+        None,
         cost="the selective scan takes more than ten times as long as with a compiled kernel (docs/results.md)",
     ),
-    Backend("reference", "the specification: a loop over time", _everywhere, _MORE_FLOATS, automatic=False),
+    Backend("reference", "the specification: a loop over time", _everywhere, _MORE_FLOATS, ()),
 )
 
 _requested: str | None = None
@@ -116,7 +121,7 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype, requested:
         if reason:
             raise RuntimeError(f"Backend {name!r} cannot run {op}: {reason}")
     else:
-        name = next((b.name for b in BACKENDS if b.automatic and b.refuses(device, dtype) is None), None)
+        name = next((b.name for b in BACKENDS if b.automatic(device) and b.refuses(device, dtype) is None), None)
         if name is None:
             raise RuntimeError(f"No backend runs {op} on {device} with {dtype}.")
     if not torch.compiler.is_compiling():
@@ -135,7 +140,7 @@ def report_backend(op: str, device: torch.device, dtype: torch.dtype, name: str)
         return
     _reported.add(key)
     logger.info("%s on %s runs with the %r backend: %s", op, device.type, name, backend.about)
-    better = [other for other in BACKENDS[: BACKENDS.index(backend)] if other.automatic]
+    better = [other for other in BACKENDS[: BACKENDS.index(backend)] if other.automatic(device)]
     reasons = [(other.name, other.refuses(device, dtype)) for other in better]
     if backend.cost and all(reason for _, reason in reasons):
         said = " ".join(f"The {other!r} backend is not used: {reason}" for other, reason in reasons)

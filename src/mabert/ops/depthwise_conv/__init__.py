@@ -1,16 +1,23 @@
 """The short depthwise convolution before the scan (Eq. 5): `depthwise_conv`."""
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend
 from mabert.ops.boundaries import check_boundaries
 from mabert.ops.depthwise_conv import fallback, native, reference
+from mabert.ops.native import like
 
-IMPLEMENTATIONS = {
-    "native": native.depthwise_conv,
-    "torch": fallback.depthwise_conv,
-    "reference": reference.depthwise_conv,
-}
+
+def kernels(backend: str) -> ModuleType:
+    """The module with a backend's `forward` and `backward`."""
+    if backend == "triton":
+        from mabert.ops.depthwise_conv import triton  # not before it is needed: most machines have no GPU
+
+        return triton
+    return native
 
 
 def depthwise_conv(
@@ -55,8 +62,66 @@ def depthwise_conv(
     left = (width - 1) // 2 if mode == "centered" else width - 1
     if reverse:
         weight, left = weight.flip(1), width - 1 - left
-    run = IMPLEMENTATIONS[choose_backend("depthwise_conv", x.device, x.dtype, backend)]
-    return run(x, weight, bias, mask, cu_seqlens, left, activation == "silu")
+    arguments = (x, weight, bias, mask, cu_seqlens, left, activation == "silu")
+    name = choose_backend("depthwise_conv", x.device, x.dtype, backend)
+    if name == "reference":
+        return reference.depthwise_conv(*arguments)
+    if name == "torch":
+        return fallback.depthwise_conv(*arguments)
+    return _conv(*arguments, name)
+
+
+@torch.library.custom_op("mabert::depthwise_conv", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    silu: bool,
+    backend: str,
+) -> Tensor:
+    return kernels(backend).forward(x, weight, bias, mask, cu_seqlens, left, silu)
+
+
+@_conv.register_fake
+def _(x, weight, bias, mask, cu_seqlens, left, silu, backend) -> Tensor:
+    return like(x)
+
+
+@torch.library.custom_op("mabert::depthwise_conv_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    silu: bool,
+    backend: str,
+) -> list[Tensor]:
+    return kernels(backend).backward(dy, x, weight, bias, mask, cu_seqlens, left, silu)
+
+
+@_conv_backward.register_fake
+def _(dy, x, weight, bias, mask, cu_seqlens, left, silu, backend) -> list[Tensor]:
+    return [like(x), like(weight), x.new_empty(0) if bias is None else like(bias)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.left, ctx.silu, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd_backward(ctx, dy):
+    x, weight, bias, mask, cu_seqlens = ctx.saved_tensors
+    dx, dweight, dbias = _conv_backward(dy, x, weight, bias, mask, cu_seqlens, ctx.left, ctx.silu, ctx.backend)
+    return dx, dweight, None if bias is None else dbias, None, None, None, None, None
+
+
+_conv.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def _check_shapes(x, weight, bias, mask, cu_seqlens) -> None:

@@ -6,51 +6,16 @@ from torch import Tensor
 from mabert.ops.native import DTYPES, boundaries, flat, kernels, like, rows, threads
 
 
-def depthwise_conv(
-    x_BLE: Tensor,
-    weight_EW: Tensor,
-    bias_E: Tensor | None,
-    mask_BL: Tensor | None,
-    cu_seqlens: Tensor | None,
-    left: int,
-    silu: bool,
-) -> Tensor:
+def forward(x, weight, bias, mask, cu_seqlens, left, silu) -> Tensor:
     """See `reference.depthwise_conv`."""
-    return _conv(x_BLE, weight_EW, bias_E, mask_BL, cu_seqlens, left, silu)
-
-
-@torch.library.custom_op("mabert::depthwise_conv", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    left: int,
-    silu: bool,
-) -> Tensor:
     arguments, _keep_alive = _common(x, weight, bias, mask, cu_seqlens, left, silu)
     y = like(x)
     kernels.conv_forward(*arguments, rows("y", y, x.dtype), threads())
     return y
 
 
-@_conv.register_fake
-def _(x, weight, bias, mask, cu_seqlens, left, silu) -> Tensor:
-    return like(x)
-
-
-@torch.library.custom_op("mabert::depthwise_conv_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    left: int,
-    silu: bool,
-) -> list[Tensor]:
+def backward(dy, x, weight, bias, mask, cu_seqlens, left, silu) -> list[Tensor]:
+    """Gradients of x, weight and bias; an empty tensor for a bias that is absent."""
     arguments, _keep_alive = _common(x, weight, bias, mask, cu_seqlens, left, silu)
     dx, dy = like(x), dy.contiguous()
     dweight_WE, dbias_E = torch.zeros(weight.shape[::-1]), torch.zeros(weight.shape[0])
@@ -64,25 +29,6 @@ def _conv_backward(
     )
     dbias = x.new_empty(0) if bias is None else dbias_E.to(bias.dtype)
     return [dx, dweight_WE.T.contiguous().to(weight.dtype), dbias]
-
-
-@_conv_backward.register_fake
-def _(dy, x, weight, bias, mask, cu_seqlens, left, silu) -> list[Tensor]:
-    return [like(x), like(weight), x.new_empty(0) if bias is None else like(bias)]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.left, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd_backward(ctx, dy):
-    x, weight, bias, mask, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias = _conv_backward(dy, x, weight, bias, mask, cu_seqlens, ctx.left, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, None, None, None, None
-
-
-_conv.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def _common(x, weight, bias, mask, cu_seqlens, left, silu):

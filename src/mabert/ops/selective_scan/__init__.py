@@ -1,5 +1,7 @@
 """The selective scan of Mamba-1 (Eqs. 7-9): `selective_scan`."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ from mabert.ops.native import like
 from mabert.ops.selective_scan import fallback, native, reference
 from mabert.ops.selective_scan.kept import kept_rows
 
-IMPLEMENTATIONS = {"torch": fallback, "native": native}
+
+def implementation(backend: str) -> ModuleType:
+    """The module with a backend's `forward` and `backward`."""
+    if backend == "triton":
+        from mabert.ops.selective_scan import triton  # not before it is needed: most machines have no GPU
+
+        return triton
+    return {"torch": fallback, "native": native}[backend]
 
 
 def selective_scan(
@@ -62,7 +71,7 @@ def selective_scan(
         inputs = (x, delta, A, B, C, D, z, delta_bias, initial_state)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        rows = kept_rows(x.shape[0], x.shape[1], sequences) if keep else 0
+        rows = kept_rows(name, x.shape[0], x.shape[1], sequences) if keep else 0
         y, final_state, _ = _scan(
             x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, rows, name
         )
@@ -89,7 +98,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     report_backend("selective_scan", x.device, x.dtype, backend)
     with torch.autocast(x.device.type, enabled=False):
-        return IMPLEMENTATIONS[backend].forward(
+        return implementation(backend).forward(
             x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows
         )
 
@@ -125,7 +134,7 @@ def _scan_backward(
     backend: str,
 ) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return IMPLEMENTATIONS[backend].backward(
+        return implementation(backend).backward(
             dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse,
             kept,
         )  # fmt: skip

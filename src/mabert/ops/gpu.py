@@ -1,0 +1,49 @@
+"""What the Triton kernels share: where they can run, what they demand of a tensor, and sequences of packed rows.
+
+Triton is imported when a kernel first runs, not with this module.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+INSTALLED = find_spec("triton") is not None
+# Triton's interpreter runs the kernels on any device, slowly.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None when they can."""
+    if device.type != "cuda" and not INTERPRETED:
+        return f"it runs on GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it anywhere, for tests)."
+    if not INSTALLED:
+        return "Triton is not installed: pip install triton."
+    return None
+
+
+def rows(name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
+    """A (B, L, F) tensor with its batch and time strides, as the kernels take it.
+
+    Raises:
+        ValueError: its dtype or device is not that of `like`, or its last dimension is not contiguous.
+    """
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"triton kernel: {name} must be {like.dtype} on {like.device}, not {tensor.dtype} on {tensor.device}."
+        )
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"triton kernel: the last dimension of {name} must be contiguous, not of stride {tensor.stride(-1)}."
+        )
+    return tensor, tensor.stride(0), tensor.stride(1)
+
+
+def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The sequence of each token of a packed row: (L,) int32."""
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=torch.int32)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
