@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # On tensors this small a second thread only waits for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402  (reads the settings above)
+import torch
 
 # Without a GPU, Triton's kernels run in its interpreter; it has to know before they are defined.
 if not torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """`mabert env`: what this machine has, and which implementation of each op runs on it."""
 
+import logging
 import os
 import platform
 import sys
@@ -95,13 +96,20 @@ def backends() -> tuple[Table, list[str]]:
 
 
 def outcome(op: str, device: "torch.device", backend: "Backend") -> tuple[str, str]:
-    """`ok`, `missing` or `FAILED`, and the reason for the last two."""
+    """`ok`, `missing`, `not tried` or `FAILED`, and the reason for all but the first."""
     if reason := backend.missing(device):
         return "missing", reason
+    if backend.devices and not backend.automatic(device):
+        return "not tried", f"it is for {' and '.join(backend.devices)}, and slow elsewhere."
+    chatter = logging.getLogger("mabert.ops")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)  # which backend runs is what the table says
     try:
         error = largest_error(op, device, backend.name)
     except Exception as failure:  # a diagnosis goes on past what it finds broken
         return "FAILED", f"{op}: {type(failure).__name__}: {failure}"
+    finally:
+        chatter.setLevel(level)
     if not error < 1e-4:
         return "FAILED", f"{op}: error {error:.0e} against the reference in float64"
     return f"ok, error {error:.0e}", ""

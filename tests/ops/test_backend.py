@@ -7,7 +7,7 @@ import torch
 from mabert.ops import selective_scan, use_backend
 from mabert.ops.backend import choose_backend
 
-CPU, F32 = torch.device("cpu"), torch.float32
+CPU, CUDA, F32 = torch.device("cpu"), torch.device("cuda"), torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +49,34 @@ def test_a_scan_compiled_from_its_first_call_says_what_is_missing(caplog, monkey
 def test_the_compiled_kernel_comes_first_where_it_can_run(caplog, monkeypatch):
     monkeypatch.setattr("mabert.ops.backend._reported", set())
     monkeypatch.setattr("mabert.ops.native.kernels", object())
+    monkeypatch.setattr("mabert.ops.gpu.INSTALLED", True)
     with caplog.at_level(logging.WARNING, logger="mabert"):
         assert choose_backend("selective_scan", CPU, F32) == "native"
         assert choose_backend("selective_scan", CPU, torch.bfloat16) == "native"
+        assert choose_backend("selective_scan", CUDA, torch.bfloat16) == "triton"
         assert not caplog.records
         assert choose_backend("selective_scan", CPU, torch.float64) == "torch"
-        assert choose_backend("selective_scan", torch.device("cuda"), F32) == "torch"
+        assert choose_backend("selective_scan", CUDA, torch.float64) == "torch"
     assert "not torch.float64" in caplog.records[0].getMessage()
-    assert "it runs on CPUs, not on cuda" in caplog.records[1].getMessage()
+    assert "'triton' backend is not used: it takes" in caplog.records[1].getMessage()
+
+
+def test_a_gpu_without_triton_says_how_to_get_it(caplog, monkeypatch):
+    monkeypatch.setattr("mabert.ops.backend._reported", set())
+    monkeypatch.setattr("mabert.ops.gpu.INSTALLED", False)
+    with caplog.at_level(logging.WARNING, logger="mabert"):
+        assert choose_backend("selective_scan", CUDA, F32) == "torch"
+    assert "Triton is not installed: pip install triton" in caplog.text
+
+
+def test_triton_runs_on_a_cpu_in_its_interpreter_only_and_only_when_asked(monkeypatch):
+    monkeypatch.setattr("mabert.ops.gpu.INSTALLED", True)
+    monkeypatch.setattr("mabert.ops.gpu.INTERPRETED", False)
+    with pytest.raises(RuntimeError, match=r"it runs on GPUs, not on cpu \(TRITON_INTERPRET=1"):
+        choose_backend("selective_scan", CPU, F32, "triton")
+    monkeypatch.setattr("mabert.ops.gpu.INTERPRETED", True)
+    assert choose_backend("selective_scan", CPU, F32, "triton") == "triton"
+    assert choose_backend("selective_scan", CPU, F32) == "torch"
 
 
 @pytest.mark.parametrize(

@@ -178,11 +178,17 @@ def test_the_state_carries_a_sequence_over_a_cut():
 def test_opcheck(options, backend):
     from mabert.ops.selective_scan import _scan, kept_rows
 
-    inputs = make_inputs(1, 75, 4, 3, dtype=torch.float32, sequences=5 if "cu_seqlens" in options else None)
+    sequences = 5 if "cu_seqlens" in options else None
+    inputs = make_inputs(1, 75, 4, 3, dtype=torch.float32, sequences=sequences)
     x, delta, A, B, C, D, z, delta_bias, initial_state = inputs.values()
     arguments = (
         *(x, delta, A, B, C, D, z, delta_bias, options.get("mask"), options.get("cu_seqlens"), initial_state),
-        *(True, options.get("reverse", False), kept_rows(backend, 1, 75, 5 if "cu_seqlens" in options else None), backend),
+        *(
+            True,
+            options.get("reverse", False),
+            kept_rows(backend, 1, 75, 5 if "cu_seqlens" in options else None),
+            backend,
+        ),
     )
     torch.library.opcheck(_scan, arguments)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mabert.ops.gpu import DTYPES, INTERPRETED, rows, sequence_of
 from mabert.ops.native import like
+from mabert.ops.triton_math import sigmoid
 
 # Tokens and channels of a tile, warps, and tiles of a program in the backward, whose sums over time are partial.
 TILE, BLOCK, WARPS, TILES = (4, 8, 1, 2) if INTERPRETED else (16, 64, 2, 32)
@@ -96,9 +97,10 @@ def _before_activation(
 
 @triton.jit
 def _own_sequence(token, length, sequence_of):
-    if sequence_of is None:
-        return tl.zeros_like(token)
-    return tl.load(sequence_of + token, mask=token < length, other=-1)
+    own = tl.zeros_like(token)
+    if sequence_of is not None:
+        own = tl.load(sequence_of + token, mask=token < length, other=-1)
+    return own
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def _forward(
         x, x_row, x_time, weight, bias, mask, sequence_of, length, inner, row, token, own, e, some, W, LEFT
     )
     if SILU:
-        out *= tl.sigmoid(out)
+        out *= sigmoid(out)
     out = tl.where(_exists(token, own, length, row, mask, sequence_of), out, 0.0)
     at = y + (row * length + token) * inner + e
     tl.store(at, out.to(y.dtype.element_ty), mask=(token < length) & some)
@@ -145,7 +147,7 @@ def _backward(
                 ungated = _before_activation(
                     x, x_row, x_time, weight, bias, mask, sequence_of, length, inner, row, reader, own, e, some, W, LEFT
                 )
-                s = tl.sigmoid(ungated)
+                s = sigmoid(ungated)
                 given *= s + ungated * s * (1.0 - s)
             gradient += given * tl.load(weight + w * inner + e, mask=some, other=0.0).to(tl.float32)
             if w == LEFT:

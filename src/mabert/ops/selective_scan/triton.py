@@ -22,8 +22,8 @@ from torch import Tensor
 from mabert.ops.gpu import DTYPES, INTERPRETED, rows, sequence_of
 from mabert.ops.native import like
 from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY as TILE
+from mabert.ops.triton_math import LOG2_E, sigmoid
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -59,14 +59,15 @@ def forward(
     """See `fallback.forward`; the kept states lie as (rows, N, E)."""
     scan = _Scan(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse)
     y = like(x)
-    final = x.new_zeros(scan.sequences, *A.shape, dtype=torch.float32)
-    if initial_state is not None:
-        final.copy_(initial_state)  # an empty sequence ends where it begins
+    # a sequence without tokens ends where it begins
+    final = (
+        x.new_zeros(scan.sequences, *A.shape, dtype=torch.float32) if initial_state is None else initial_state.clone()
+    )
     kept = x.new_empty(kept_rows, *A.shape, dtype=torch.float32)
     if x.numel():
-        entering = scan.carried(_leave, (), backwards=False)
+        entering = scan.carried(_leave, (), initial_state, backwards=False)
         states = kept if kept_rows else scan.per_stretch()
-        scan.launch(_read_out, scan.stretches, (entering, states, y, final), KEEP=kept_rows > 0)
+        scan.launch(_read_out, (entering, states, y, final), KEEP=kept_rows > 0)
     return y, final, kept
 
 
@@ -75,31 +76,25 @@ def backward(
 ) -> list[Tensor]:
     """See `fallback.backward`. Sums over channels, rows and stretches are partial sums added in a fixed order."""
     scan = _Scan(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse)
-    batch, length, inner = x.shape
-    state = A.shape[1]
     dy, dfinal = dy.contiguous(), dfinal.contiguous()
     dx, ddelta = like(x), like(delta)
     nothing = [x.new_empty(0) for _ in range(4)]
     dz = like(x) if z is not None else nothing[0]
     dinitial = dfinal.clone() if initial_state is not None else nothing[1]
-    blocks = triton.cdiv(inner, CUT.block)
-    partial = {"dtype": torch.float32, "device": x.device}
-    dB_part, dC_part = (torch.zeros(blocks, batch, state, length, **partial) for _ in range(2))
+    blocks = triton.cdiv(scan.inner, CUT.block)
+    dB_part, dC_part = (scan.new_empty(blocks, *scan.B.shape) for _ in range(2))
     dA_part = scan.per_stretch().zero_()
-    dD_part, dbias_part = (torch.zeros(batch, scan.stretches, inner, **partial) for _ in range(2))
+    dD_part, dbias_part = (scan.new_empty(scan.batch, scan.stretches, scan.inner) for _ in range(2))
     if x.numel():
-        gradients = (dy, dfinal)
-        leaving = scan.carried(_leave_backwards, gradients, backwards=True)
-        carry = scan.per_stretch()
+        entering = scan.carried(_leave_backwards, (dy, dfinal), dfinal, backwards=True)
         outputs = (dx, ddelta, dz, dB_part, dC_part, dA_part, dD_part, dbias_part, dinitial)
-        scan.launch(_gradients, scan.stretches, (*gradients, leaving, kept, carry, *outputs))
-    dB, dC = (part.sum(0).transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format) for part in (dB_part, dC_part))
+        scan.launch(_gradients, (dy, dfinal, entering, kept, scan.per_stretch(), *outputs))
     return [
         dx,
         ddelta,
         dA_part.sum((0, 1)).T.contiguous(),
-        dB,
-        dC,
+        scan.per_token(dB_part.sum(0), B),
+        scan.per_token(dC_part.sum(0), C),
         dD_part.sum((0, 1)) if D is not None else nothing[2],
         dz,
         dbias_part.sum((0, 1)) if delta_bias is not None else nothing[3],
@@ -114,27 +109,34 @@ class _Scan:
         if x.dtype not in DTYPES:
             raise ValueError(f"triton kernel: x must be float32, bfloat16 or float16, not {x.dtype}.")
         for name, tensor in (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state)):
-            if tensor is not None and tensor.dtype != torch.float32:
-                raise ValueError(f"triton kernel: {name} must be float32, not {tensor.dtype}.")
+            if tensor is not None and (tensor.dtype != torch.float32 or tensor.device != x.device):
+                raise ValueError(
+                    f"triton kernel: {name} must be float32 on {x.device}, not {tensor.dtype} on {tensor.device}."
+                )
         self.batch, self.length, self.inner = x.shape
         self.state = A.shape[1]
-        self.reverse = reverse
-        self.cu_seqlens = cu_seqlens
+        self.reverse, self.cu_seqlens, self.device = reverse, cu_seqlens, x.device
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.stretch = CUT.stretch(*x.shape)
         self.stretches = triton.cdiv(self.length, self.stretch)
-        self.device = x.device
-        no_rows = (None, 0, 0)
+        self.tiles = triton.cdiv(self.length, TILE)
+        mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        self.B, self.C = (self.new_empty(self.batch, self.tiles, self.state, TILE) for _ in range(2))
+        if x.numel():
+            _by_tile[(self.tiles, self.batch)](
+                *rows("B", B, x), *rows("C", C, x), mask, self.B, self.C, self.length,
+                N=self.state, PADDED_N=triton.next_power_of_2(self.state), T=TILE, REVERSE=reverse, num_warps=1,
+            )  # fmt: skip
         self.inputs = (
-            *(
-                part
-                for name, t in (("x", x), ("delta", delta), ("B", B), ("C", C), ("z", z))
-                for part in (no_rows if t is None else rows(name, t, x))
-            ),
-            (A.T * LOG2_E).contiguous(),
+            *rows("x", x, x),
+            *rows("delta", delta, x),
+            *((None, 0, 0) if z is None else rows("z", z, x)),
+            (A.T * LOG2_E.value).contiguous(),
+            self.B,
+            self.C,
             D if D is None else D.contiguous(),
             delta_bias if delta_bias is None else delta_bias.contiguous(),
-            None if mask is None else mask.contiguous().view(torch.uint8),
+            mask,
             None if cu_seqlens is None else sequence_of(cu_seqlens, self.length),
             initial_state if initial_state is None else initial_state.contiguous(),
             self.length,
@@ -150,30 +152,39 @@ class _Scan:
             "num_warps": CUT.warps,
         }
 
+    def new_empty(self, *shape: int) -> Tensor:
+        """Uninitialised floats."""
+        return torch.empty(*shape, device=self.device)
+
     def per_stretch(self) -> Tensor:
         """Uninitialised (B, K, N, E) floats."""
-        return torch.empty(self.batch, self.stretches, self.state, self.inner, device=self.device)
+        return self.new_empty(self.batch, self.stretches, self.state, self.inner)
 
-    def launch(self, kernel, stretches: int, arguments: tuple, **constants: object) -> None:
-        """Run a kernel for every block of channels of the first stretches of every row."""
-        grid = (triton.cdiv(self.inner, CUT.block), stretches, self.batch)
+    def per_token(self, by_tile: Tensor, like: Tensor) -> Tensor:
+        """The way of `_by_tile` back: (B, L/T, N, T) to (B, L, N)."""
+        tokens = by_tile.transpose(2, 3).reshape(self.batch, self.tiles * TILE, self.state)[:, : self.length]
+        return (tokens.flip(1) if self.reverse else tokens).to(like.dtype).contiguous()
+
+    def launch(self, kernel, arguments: tuple, **constants: object) -> None:
+        """Run a kernel for every block of channels of every stretch."""
+        grid = (triton.cdiv(self.inner, CUT.block), self.stretches, self.batch)
         kernel[grid](*self.inputs, *arguments, **self.constants, **constants)
 
-    def carried(self, kernel, arguments: tuple, *, backwards: bool) -> Tensor | None:
-        """What comes into every stretch from the one before (or after): (B, K, N, E), None when there is one only."""
+    def carried(self, kernel, arguments: tuple, outside: Tensor | None, *, backwards: bool) -> Tensor | None:
+        """What enters every stretch: (B, K, N, E), None when there is one only. `outside` enters a row."""
         if self.stretches == 1:
             return None
         local, through = self.per_stretch(), self.per_stretch()
-        nearest = None if self.cu_seqlens is None else self._nearest_starts(backwards)
-        self.launch(kernel, self.stretches, (*arguments, nearest, local, through))
-        width = self.state * self.inner
-        _carry_over[(triton.cdiv(width, 256), self.batch)](
-            local, through, self.stretches, width, BACKWARDS=backwards, BLOCK=256
-        )
+        packed = self.cu_seqlens is not None
+        self.launch(kernel, (*arguments, self._nearest_starts(backwards) if packed else None, local, through))
+        _carry_over[(triton.cdiv(self.state * self.inner, 128), self.batch)](
+            local, through, None if packed or outside is None else outside.contiguous(), self.stretches, self.inner,
+            N=self.state, BACKWARDS=backwards, BLOCK=128,
+        )  # fmt: skip
         return local
 
     def _nearest_starts(self, backwards: bool) -> Tensor:
-        """Where the sequence starts that is under way at the end of each stretch; backwards, the first that starts
+        """Where the sequence starts that is under way at the end of each stretch; backwards, the first one that starts
         at its beginning or later. (K,) int32, in scan order.
         """
         assert self.cu_seqlens is not None
@@ -183,6 +194,14 @@ class _Scan:
             return starts[torch.searchsorted(starts, borders)]
         ends = (borders + self.stretch).clamp(max=self.length)
         return starts[torch.searchsorted(starts, ends, right=True) - 1]
+
+
+@triton.jit
+def _channels(block, BLOCK: tl.constexpr):
+    """Channels of a program (1, E). Told that they lie next to each other, the compiler would give a thread several of
+    them and part of the steps of a tile, and the recurrence would cross threads.
+    """
+    return tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK)[None, :], [1, 1])
 
 
 @triton.jit
@@ -218,39 +237,54 @@ def _state_gradients(decay, direct, carry, T: tl.constexpr):
 
 
 @triton.jit
-def _place(first, row, length, mask, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
-    """Of the steps of a tile (T, 1): token, whether it exists, is real, starts or ends a sequence, and which one."""
-    step = first + tl.arange(0, T)[:, None]
-    inside = step < length
-    if REVERSE:
-        token = length - 1 - step
-    else:
-        token = step
+def _steps(tile, row, length, mask, T: tl.constexpr, REVERSE: tl.constexpr):
+    """A tile's first token, the way of each step's token from there, and which exist and are real (T, 1)."""
+    t = tl.arange(0, T)[:, None]
+    inside = tile + t < length
+    first = tl.zeros([], tl.int64) + (length - 1 - tile if REVERSE else tile)
+    away = -t if REVERSE else t
     real = inside
     if mask is not None:
-        real = inside & (tl.load(mask + row * length + token, mask=inside, other=0) != 0)
-    if sequence_of is None:
-        sequence = tl.zeros_like(step) + row.to(tl.int32)
-        start = step == 0
-        end = step == length - 1
-    else:
-        back = 1 if REVERSE else -1
-        sequence = tl.load(sequence_of + token, mask=inside, other=-1)
-        start = inside & (sequence != tl.load(sequence_of + token + back, mask=inside & (step > 0), other=-1))
-        end = inside & (sequence != tl.load(sequence_of + token - back, mask=step < length - 1, other=-1))
-    return token.to(tl.int64), inside, real, sequence.to(tl.int64), start, end
+        real = inside & (tl.load(mask + row * length + first + away, mask=inside, other=0) != 0)
+    return first, away, inside, real
 
 
 @triton.jit
-def _rows(pointer, row_stride, time_stride, row, token, column, mask):
-    """Float32 values of a tile, zero where the mask says."""
-    return tl.load(pointer + row * row_stride + token * time_stride + column, mask=mask, other=0.0).to(tl.float32)
+def _borders(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
+    """The sequence of each step of a tile of a packed row, and whether it starts or ends there (T, 1)."""
+    step = tile + tl.arange(0, T)[:, None]
+    token = length - 1 - step if REVERSE else step
+    back = 1 if REVERSE else -1
+    inside = step < length
+    sequence = tl.load(sequence_of + token, mask=inside, other=-1)
+    start = inside & (sequence != tl.load(sequence_of + token + back, mask=inside & (step > 0), other=-1))
+    end = inside & (sequence != tl.load(sequence_of + token - back, mask=step < length - 1, other=-1))
+    return sequence.to(tl.int64), start, end
+
+
+@triton.jit
+def _any(flags):
+    return tl.max(tl.max(flags.to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def _ceiling(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
+    """What a step may keep of the state at most: nothing where a sequence starts (T, 1); and where some do."""
+    sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+    return tl.where(start, 0.0, float("inf")), _any(start), _any(end)
+
+
+@triton.jit
+def _tile(pointer, row_stride, time_stride, row, first, away, e, mask):
+    """A tile of a (B, L, E) tensor in float32, zero where the mask says."""
+    base = pointer + row * row_stride + first * time_stride
+    return tl.load(base + away * time_stride + e, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _softplus(v):
     """log(1 + e^v), relative error small however small the result: log(1 + u) through 2 atanh(u / (2 + u))."""
-    u = tl.exp(-tl.abs(v))
+    u = tl.exp2(-tl.abs(v) * LOG2_E)
     s = u / (2.0 + u)
     w = s * s
     q = ((w * 0.140059962 + 0.140009016) * w + 0.200107634) * w + 0.333332077
@@ -258,62 +292,94 @@ def _softplus(v):
 
 
 @triton.jit
-def _delta(delta, delta_row, delta_time, bias, row, token, e, real, mask, SOFTPLUS: tl.constexpr):
-    """Δ before and after softplus, (T, E); zero after it where a token is not real."""
-    raw = _rows(delta, delta_row, delta_time, row, token, e, mask)
+def _before_softplus(delta, delta_row, delta_time, bias, row, first, away, e, mask):
+    raw = _tile(delta, delta_row, delta_time, row, first, away, e, mask)
     if bias is not None:
         raw += tl.load(bias + e, mask=mask, other=0.0)
-    if SOFTPLUS:
-        return raw, tl.where(real, _softplus(raw), 0.0)
-    return raw, tl.where(real, raw, 0.0)
+    return raw
 
 
 @triton.jit
-def _recurrence(step_size, drive, A, B, B_row, B_time, initial, row, token, sequence, start, real, e, some, n, inner, N: tl.constexpr):
-    """Of state n: how much of it a step keeps, with zero at starts and without, and what the step adds (T, E)."""
-    a = tl.load(A + n * inner + e, mask=some, other=0.0)
-    kept = tl.exp2(step_size * a)
-    added = drive * _rows(B, B_row, B_time, row, token, n, real)
-    if initial is not None:
-        at = initial + (sequence * inner + e) * N + n
-        added += kept * tl.load(at, mask=start & some, other=0.0)
-    return a, kept, tl.where(start, 0.0, kept), added
+def _step_size(delta, delta_row, delta_time, bias, row, first, away, e, mask, SOFTPLUS: tl.constexpr):
+    """Δ (T, E), zero where the mask says: exp(0·A) = 1 and 0·x = 0, the identity step."""
+    step_size = _before_softplus(delta, delta_row, delta_time, bias, row, first, away, e, mask)
+    if SOFTPLUS:
+        step_size = _softplus(step_size)
+    return tl.where(mask, step_size, 0.0)
+
+
+@triton.jit
+def _at_state(tiles, row, tile, n, length, N: tl.constexpr, T: tl.constexpr):
+    """Where the values of state n in a tile begin in what `_by_tile` wrote."""
+    return tiles + ((row * tl.cdiv(length, T) + tile // T) * N + n) * T
+
+
+@triton.jit
+def _by_tile(
+    B, B_row, B_time, C, C_row, C_time, mask, B_out, C_out, length,
+    N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """B and C in float32 and scan order as (B, L/T, N, T), zero at pads: a thread then reads a state's values of a tile
+    from one address.
+    """
+    tile = tl.program_id(0) * T
+    row = tl.program_id(1).to(tl.int64)
+    first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+    n = tl.arange(0, PADDED_N)[None, :]
+    to = _at_state(0, row, tile, n, length, N, T) + tl.arange(0, T)[:, None]
+    some = n < N
+    tl.store(B_out + to, _tile(B, B_row, B_time, row, first, away, n, real & some), mask=some)
+    tl.store(C_out + to, _tile(C, C_row, C_time, row, first, away, n, real & some), mask=some)
+
+
+@triton.jit
+def _from_outside(states, sequence, e, n, inner, mask, N: tl.constexpr):
+    """State n of sequences, from (S, E, N)."""
+    return tl.load(states + (sequence * inner + e) * N + n, mask=mask, other=0.0)
 
 
 @triton.jit
 def _leave(
-    x, x_row, x_time, delta, delta_row, delta_time, B, B_row, B_time, C, C_row, C_time, z, z_row, z_time,
-    A, D, bias, mask, sequence_of, initial, length, inner,
+    x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
     nearest, local, through,
     STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What a stretch alone makes of a zero state, and how much of an entering state it lets through."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """What a stretch makes of a zero state, and how much of an entering state it lets through."""
+    e = _channels(tl.program_id(0), BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
-    out = ((row * tl.num_programs(1) + stretch) * N) * inner + e
+    out = (row * tl.num_programs(1) + stretch) * N * inner + e
     begin = stretch * STRETCH
-    alive = begin > 0
-    first = begin
-    if nearest is not None:
+    from_tile = begin
+    alive = True
+    if sequence_of is not None:
         started = tl.load(nearest + stretch)
         alive = started < begin
-        first = tl.maximum(begin, started // T * T)
+        from_tile = tl.maximum(begin, started // T * T)
     for n in range(N):
         tl.store(local + out + n * inner, tl.zeros([1, BLOCK], tl.float32), mask=some)
     total = tl.zeros([1, BLOCK], tl.float32)
-    for tile in range(first, tl.minimum(begin + STRETCH, length), T):
-        token, _, real, sequence, start, _ = _place(tile, row, length, mask, sequence_of, T, REVERSE)
-        _, step_size = _delta(delta, delta_row, delta_time, bias, row, token, e, real, real & some, SOFTPLUS)
-        drive = step_size * _rows(x, x_row, x_time, row, token, e, real & some)
+    for tile in range(from_tile, tl.minimum(begin + STRETCH, length), T):
+        first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+        step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
+        drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
         total += tl.sum(step_size, axis=0, keep_dims=True)
+        if sequence_of is not None:
+            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
         for n in range(N):
-            _, _, kept, added = _recurrence(
-                step_size, drive, A, B, B_row, B_time, initial, row, token, sequence, start, real, e, some, n, inner, N
-            )  # fmt: skip
+            a = tl.load(A + n * inner + e, mask=some, other=0.0)
+            kept = tl.exp2(step_size * a)
+            added = drive * tl.load(_at_state(B, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            if sequence_of is not None:
+                if initial is not None:
+                    if some_start:
+                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+                        added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
+                kept = tl.minimum(kept, ceiling)
             state = tl.load(local + out + n * inner, mask=some, other=0.0)
-            _, _, state = _states(kept, added, state, T)
+            before, after, state = _states(kept, added, state, T)
             tl.store(local + out + n * inner, state, mask=some)
     for n in range(N):
         a = tl.load(A + n * inner + e, mask=some, other=0.0)
@@ -321,14 +387,19 @@ def _leave(
 
 
 @triton.jit
-def _carry_over(local, through, stretches, width, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Puts in the place of what leaves each stretch by itself what enters it."""
+def _carry_over(
+    local, through, outside, stretches, inner, N: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Puts what enters each stretch in the place of what leaves it by itself."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    some = column < width
-    base = tl.program_id(1).to(tl.int64) * stretches * width + column
+    row = tl.program_id(1).to(tl.int64)
+    some = column < N * inner
     carry = tl.zeros([BLOCK], tl.float32)
+    if outside is not None:
+        carry = _from_outside(outside, row, column % inner, column // inner, inner, some, N)
+    base = row * stretches * N * inner + column
     for i in range(stretches):
-        at = base + (stretches - 1 - i if BACKWARDS else i) * width
+        at = base + (stretches - 1 - i if BACKWARDS else i) * N * inner
         leaving = tl.load(local + at, mask=some, other=0.0)
         factor = tl.load(through + at, mask=some, other=0.0)
         tl.store(local + at, carry, mask=some)
@@ -337,21 +408,21 @@ def _carry_over(local, through, stretches, width, BACKWARDS: tl.constexpr, BLOCK
 
 @triton.jit
 def _read_out(
-    x, x_row, x_time, delta, delta_row, delta_time, B, B_row, B_time, C, C_row, C_time, z, z_row, z_time,
-    A, D, bias, mask, sequence_of, initial, length, inner,
+    x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
     entering, states, y, final,
     STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 8 and the gate of Eq. 9 over a stretch; keeps the state before every tile, or only the last one."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """Eq. 8 and the gate of Eq. 9 over a stretch; keeps the state before every tile, or the last one only."""
+    e = _channels(tl.program_id(0), BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
     place = row * tl.num_programs(1) + stretch
     begin = stretch * STRETCH
-    end_of_stretch = tl.minimum(begin + STRETCH, length)
+    stop = tl.minimum(begin + STRETCH, length)
     if KEEP:
-        slot = states + ((row * tl.cdiv(length, T) + begin // T) * N) * inner + e
+        slot = states + (row * tl.cdiv(length, T) + begin // T) * N * inner + e
         forth = N * inner
     else:
         slot = states + place * N * inner + e
@@ -360,73 +431,89 @@ def _read_out(
         state = tl.zeros([1, BLOCK], tl.float32)
         if entering is not None:
             state = tl.load(entering + (place * N + n) * inner + e, mask=some, other=0.0)
+        elif initial is not None:
+            if sequence_of is None:
+                state = _from_outside(initial, row, e, n, inner, some, N)
         tl.store(slot + n * inner, state, mask=some)
-    if D is not None:
-        skip = tl.load(D + e, mask=some, other=0.0)
-    for tile in range(begin, end_of_stretch, T):
-        token, inside, real, sequence, start, end = _place(tile, row, length, mask, sequence_of, T, REVERSE)
-        some_end = tl.max(tl.max(end.to(tl.int32), axis=0), axis=0)
-        _, step_size = _delta(delta, delta_row, delta_time, bias, row, token, e, real, real & some, SOFTPLUS)
-        values = _rows(x, x_row, x_time, row, token, e, real & some)
-        drive = step_size * values
+    for tile in range(begin, stop, T):
+        first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+        step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
+        drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
+        if sequence_of is not None:
+            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
         out = tl.zeros([T, BLOCK], tl.float32)
-        if D is not None:
-            out += skip * values
         for n in range(N):
-            _, _, kept, added = _recurrence(
-                step_size, drive, A, B, B_row, B_time, initial, row, token, sequence, start, real, e, some, n, inner, N
-            )  # fmt: skip
+            a = tl.load(A + n * inner + e, mask=some, other=0.0)
+            kept = tl.exp2(step_size * a)
+            added = drive * tl.load(_at_state(B, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            if sequence_of is not None:
+                if initial is not None:
+                    if some_start:
+                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+                        added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
+                kept = tl.minimum(kept, ceiling)
             state = tl.load(slot + n * inner, mask=some, other=0.0)
-            _, after, state = _states(kept, added, state, T)
-            out += after * _rows(C, C_row, C_time, row, token, n, real)
-            tl.store(slot + forth + n * inner, state, mask=some & (tile + T < end_of_stretch))
-            if some_end > 0:
-                tl.store(final + (sequence * inner + e) * N + n, after, mask=end & some)
+            before, after, state = _states(kept, added, state, T)
+            out += after * tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            tl.store(slot + forth + n * inner, state, mask=some & (tile + T < stop))
+            if sequence_of is None:
+                if tile + T >= length:
+                    tl.store(final + (row * inner + e) * N + n, state, mask=some)
+            else:
+                if some_end:
+                    sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+                    tl.store(final + (sequence * inner + e) * N + n, after, mask=end & some)
+        if D is not None:
+            out += tl.load(D + e, mask=some, other=0.0) * _tile(x, x_row, x_time, row, first, away, e, real & some)
         if z is not None:
-            gate = _rows(z, z_row, z_time, row, token, e, real & some)
-            out *= gate * tl.sigmoid(gate)
-        at = y + (row * length + token) * inner + e
+            gate = _tile(z, z_row, z_time, row, first, away, e, real & some)
+            out *= gate * sigmoid(gate)
+        at = y + (row * length + first) * inner + away * inner + e
         tl.store(at, tl.where(real, out, 0.0).to(y.dtype.element_ty), mask=inside & some)
         slot += forth
 
 
 @triton.jit
-def _gated(dy, z, z_row, z_time, row, token, e, length, inner, mask):
-    """The gradient before the gate, and that of the gate over the ungated output (T, E)."""
-    given = _rows(dy, length * inner, inner, row, token, e, mask)
-    if z is None:
-        return given, given
-    gate = _rows(z, z_row, z_time, row, token, e, mask)
-    s = tl.sigmoid(gate)
-    return given * gate * s, given * (s + gate * s * (1.0 - s))
+def _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, mask):
+    """The gradient before the gate (T, E)."""
+    gradient = _tile(dy, length * inner, inner, row, first, away, e, mask)
+    if z is not None:
+        gate = _tile(z, z_row, z_time, row, first, away, e, mask)
+        gradient *= gate * sigmoid(gate)
+    return gradient
 
 
 @triton.jit
-def _direct(ungated, C, C_row, C_time, dfinal, row, token, sequence, real, end, some_end, e, some, n, inner, N: tl.constexpr):
+def _direct_gradient(
+    ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some,
+    N: tl.constexpr, T: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
     """The gradient of state n after each step through what is read from it there (T, E)."""
-    direct = ungated * _rows(C, C_row, C_time, row, token, n, real)
-    if some_end > 0:
-        direct += tl.load(dfinal + (sequence * inner + e) * N + n, mask=end & some, other=0.0)
+    direct = ungated * C_tile
+    if sequence_of is not None:
+        if some_end:
+            sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+            direct += _from_outside(dfinal, sequence, e, n, inner, end & some, N)
     return direct
 
 
 @triton.jit
 def _leave_backwards(
-    x, x_row, x_time, delta, delta_row, delta_time, B, B_row, B_time, C, C_row, C_time, z, z_row, z_time,
-    A, D, bias, mask, sequence_of, initial, length, inner,
+    x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
     dy, dfinal, nearest, local, through,
     STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The same as `_leave` for gradients of the state, which enter a stretch at its end."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    e = _channels(tl.program_id(0), BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
-    out = ((row * tl.num_programs(1) + stretch) * N) * inner + e
+    out = (row * tl.num_programs(1) + stretch) * N * inner + e
     begin = stretch * STRETCH
     stop = tl.minimum(begin + STRETCH, length)
-    alive = begin > 0
-    if nearest is not None:
+    alive = True
+    if sequence_of is not None:
         started = tl.load(nearest + stretch)
         alive = started >= stop
         stop = tl.minimum(stop, started)
@@ -436,19 +523,24 @@ def _leave_backwards(
     tiles = tl.cdiv(stop - begin, T)
     for i in range(tiles):
         tile = begin + (tiles - 1 - i) * T
-        token, _, real, sequence, start, end = _place(tile, row, length, mask, sequence_of, T, REVERSE)
-        some_end = tl.max(tl.max(end.to(tl.int32), axis=0), axis=0)
-        _, step_size = _delta(delta, delta_row, delta_time, bias, row, token, e, real, real & some, SOFTPLUS)
-        ungated, _ = _gated(dy, z, z_row, z_time, row, token, e, length, inner, real & some)
+        first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+        step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
+        ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, real & some)
         total += tl.sum(step_size, axis=0, keep_dims=True)
+        some_end = False
+        if sequence_of is not None:
+            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
-            kept = tl.where(start, 0.0, tl.exp2(step_size * a))
-            direct = _direct(
-                ungated, C, C_row, C_time, dfinal, row, token, sequence, real, end, some_end, e, some, n, inner, N
+            kept = tl.exp2(step_size * a)
+            if sequence_of is not None:
+                kept = tl.minimum(kept, ceiling)
+            C_tile = tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            direct = _direct_gradient(
+                ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
             )
             carry = tl.load(local + out + n * inner, mask=some, other=0.0)
-            _, carry = _state_gradients(kept, direct, carry, T)
+            gradient, carry = _state_gradients(kept, direct, carry, T)
             tl.store(local + out + n * inner, carry, mask=some)
     for n in range(N):
         a = tl.load(A + n * inner + e, mask=some, other=0.0)
@@ -457,26 +549,31 @@ def _leave_backwards(
 
 @triton.jit
 def _gradients(
-    x, x_row, x_time, delta, delta_row, delta_time, B, B_row, B_time, C, C_row, C_time, z, z_row, z_time,
-    A, D, bias, mask, sequence_of, initial, length, inner,
+    x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
     dy, dfinal, entering, states, carries,
     dx, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
     STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient over a stretch, from its last tile to its first; states are computed again from the kept ones."""
+    """Every gradient over a stretch, from its last tile to its first; states are computed again from the kept ones.
+
+    What the end of a tile needs again is loaded again: held in registers meanwhile, it would push out the states.
+    """
     block = tl.program_id(0)
-    e = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    e = _channels(block, BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
     place = row * tl.num_programs(1) + stretch
     begin = stretch * STRETCH
     carried = place * N * inner + e
-    summed = ((block * tl.num_programs(2) + row) * N) * length
+    summed = (block * tl.num_programs(2) + row).to(tl.int64)
     for n in range(N):
         carry = tl.zeros([1, BLOCK], tl.float32)
         if entering is not None:
             carry = tl.load(entering + carried + n * inner, mask=some, other=0.0)
+        elif sequence_of is None:
+            carry = _from_outside(dfinal, row, e, n, inner, some, N)
         tl.store(carries + carried + n * inner, carry, mask=some)
     skip = tl.zeros([1, BLOCK], tl.float32)
     if D is not None:
@@ -486,54 +583,76 @@ def _gradients(
     tiles = tl.cdiv(tl.minimum(begin + STRETCH, length) - begin, T)
     for i in range(tiles):
         tile = begin + (tiles - 1 - i) * T
-        slot = states + ((row * tl.cdiv(length, T) + tile // T) * N) * inner + e
-        token, inside, real, sequence, start, end = _place(tile, row, length, mask, sequence_of, T, REVERSE)
-        some_end = tl.max(tl.max(end.to(tl.int32), axis=0), axis=0)
-        raw, step_size = _delta(delta, delta_row, delta_time, bias, row, token, e, real, real & some, SOFTPLUS)
-        values = _rows(x, x_row, x_time, row, token, e, real & some)
-        drive = step_size * values
-        ungated, gate_slope = _gated(dy, z, z_row, z_time, row, token, e, length, inner, real & some)
-        out = skip * values
+        slot = states + (row * tl.cdiv(length, T) + tile // T) * N * inner + e
+        first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+        here = real & some
+        step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, here, SOFTPLUS)
+        drive = step_size * _tile(x, x_row, x_time, row, first, away, e, here)
+        ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, here)
+        some_end = False
+        if sequence_of is not None:
+            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
+        out = tl.zeros([T, BLOCK], tl.float32)
         drive_gradient = tl.zeros([T, BLOCK], tl.float32)
         exponent_gradient = tl.zeros([T, BLOCK], tl.float32)
         for n in range(N):
-            a, true_kept, kept, added = _recurrence(
-                step_size, drive, A, B, B_row, B_time, initial, row, token, sequence, start, real, e, some, n, inner, N
-            )  # fmt: skip
-            before, after, _ = _states(kept, added, tl.load(slot + n * inner, mask=some, other=0.0), T)
-            before = tl.where(start, 0.0, before)
-            if initial is not None:
-                at = (sequence * inner + e) * N + n
-                before += tl.load(initial + at, mask=start & some, other=0.0)
-            out += after * _rows(C, C_row, C_time, row, token, n, real)
-            direct = _direct(
-                ungated, C, C_row, C_time, dfinal, row, token, sequence, real, end, some_end, e, some, n, inner, N
+            a = tl.load(A + n * inner + e, mask=some, other=0.0)
+            B_tile = tl.load(_at_state(B, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            C_tile = tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            kept = tl.exp2(step_size * a)
+            added = drive * B_tile
+            from_initial = tl.zeros([T, BLOCK], tl.float32)
+            if sequence_of is not None:
+                if initial is not None:
+                    if some_start:
+                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+                        from_initial = kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
+                        added += from_initial
+                kept = tl.minimum(kept, ceiling)
+            state = tl.load(slot + n * inner, mask=some, other=0.0)
+            before, after, state = _states(kept, added, state, T)
+            direct = _direct_gradient(
+                ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
             )
             carry = tl.load(carries + carried + n * inner, mask=some, other=0.0)
             gradient, carry = _state_gradients(kept, direct, carry, T)
             tl.store(carries + carried + n * inner, carry, mask=some)
+            exponent = gradient * (kept * before + from_initial)
             if initial is not None:
-                tl.store(dinitial + at, true_kept * gradient, mask=start & some)
-            drive_gradient += gradient * _rows(B, B_row, B_time, row, token, n, real)
-            exponent = gradient * true_kept * before
+                if sequence_of is None:
+                    if tile == 0:
+                        tl.store(dinitial + (row * inner + e) * N + n, carry, mask=some)
+                else:
+                    if some_start:
+                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+                        at = dinitial + (sequence * inner + e) * N + n
+                        tl.store(at, tl.exp2(step_size * a) * gradient, mask=start & some)
+            out += after * C_tile
+            drive_gradient += gradient * B_tile
             exponent_gradient += exponent * a
-            summed_A = dA + carried + n * inner
+            at = dA + carried + n * inner
             total = tl.sum(exponent * step_size, axis=0, keep_dims=True)
-            tl.store(summed_A, tl.load(summed_A, mask=some, other=0.0) + total, mask=some)
-            times = summed + n * length + token
-            tl.store(dB + times, tl.sum(gradient * drive, axis=1, keep_dims=True), mask=inside)
-            tl.store(dC + times, tl.sum(ungated * after, axis=1, keep_dims=True), mask=inside)
+            tl.store(at, tl.load(at, mask=some, other=0.0) + total, mask=some)
+            at = _at_state(0, summed, tile, n, length, N, T) + tl.arange(0, T)[:, None]
+            tl.store(dB + at, tl.sum(gradient * drive, axis=1, keep_dims=True))
+            tl.store(dC + at, tl.sum(ungated * after, axis=1, keep_dims=True))
+        values = _tile(x, x_row, x_time, row, first, away, e, here)
         step_gradient = exponent_gradient * LN_2 + drive_gradient * values
         if SOFTPLUS:
-            step_gradient *= tl.sigmoid(raw)
-        step_gradient = tl.where(real, step_gradient, 0.0)
-        skip_gradient += tl.sum(ungated * values, axis=0, keep_dims=True)
+            raw = _before_softplus(delta, delta_row, delta_time, bias, row, first, away, e, here)
+            step_gradient *= sigmoid(raw)
+        step_gradient = tl.where(here, step_gradient, 0.0)
         bias_gradient += tl.sum(step_gradient, axis=0, keep_dims=True)
-        at = (row * length + token) * inner + e
-        here = inside & some
-        tl.store(dx + at, (drive_gradient * step_size + ungated * skip).to(dx.dtype.element_ty), mask=here)
-        tl.store(ddelta + at, step_gradient.to(ddelta.dtype.element_ty), mask=here)
+        at = (row * length + first) * inner + away * inner + e
+        tl.store(ddelta + at, step_gradient.to(ddelta.dtype.element_ty), mask=inside & some)
         if z is not None:
-            tl.store(dz + at, (gate_slope * out).to(dz.dtype.element_ty), mask=here)
+            gate = _tile(z, z_row, z_time, row, first, away, e, here)
+            given = _tile(dy, length * inner, inner, row, first, away, e, here)
+            s = sigmoid(gate)
+            gate_gradient = given * (s + gate * s * (1.0 - s)) * (out + skip * values)
+            tl.store(dz + at, gate_gradient.to(dz.dtype.element_ty), mask=inside & some)
+        skip_gradient += tl.sum(ungated * values, axis=0, keep_dims=True)
+        values_gradient = drive_gradient * step_size + ungated * skip
+        tl.store(dx + at, values_gradient.to(dx.dtype.element_ty), mask=inside & some)
     tl.store(dD + place * inner + e, skip_gradient, mask=some)
     tl.store(dbias + place * inner + e, bias_gradient, mask=some)

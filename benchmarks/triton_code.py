@@ -1,0 +1,172 @@
+"""What Triton makes of the GPU kernels, without a GPU: registers, spills, shared memory, and the length of inner loops.
+
+    python -m benchmarks.triton_code
+
+Compiles every kernel for an NVIDIA GPU (`--arch 90` is an H100 or H200) and reads what came out. It measures nothing:
+it shows whether a thread still holds a whole tile, and what a state's step costs in instructions.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mabert.ops.depthwise_conv import triton as conv
+from mabert.ops.gpu import INTERPRETED
+from mabert.ops.selective_scan import triton as scan
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INTEGERS = (
+    "x_row x_time delta_row delta_time z_row z_time B_row B_time C_row C_time length inner stretches".split()  # noqa: SIM905
+)
+BYTES, INDICES = ("mask",), ("sequence_of", "nearest")
+
+
+def kernels(state: int) -> list[tuple[Any, dict[str, object], dict[str, str]]]:
+    """Every kernel with its constants and with what its pointers point to if not to float32, dense and packed."""
+    rows = dict.fromkeys(("x", "delta", "z", "dy", "y", "dx", "ddelta", "dz", "weight", "bias"), "*bf16")
+    cut: dict[str, object] = {"STRETCH": 4096, "N": state, "T": scan.TILE, "BLOCK": scan.CUT.block}
+    cut |= {"SOFTPLUS": True, "REVERSE": False}
+    by_tile = {"N": state, "PADDED_N": triton.next_power_of_2(state), "T": scan.TILE, "REVERSE": False, "mask": None}
+    taps = {"W": 4, "LEFT": 1, "SILU": True, "T": conv.TILE, "BLOCK": conv.BLOCK, "mask": None}
+    per_scan = rows | {"bias": "*fp32"}
+    several: list[tuple[Any, dict[str, object], dict[str, str]]] = [
+        (scan._by_tile, by_tile, {"B": "*bf16", "C": "*bf16"}),
+        (scan._carry_over, {"N": state, "BACKWARDS": False, "BLOCK": 128, "outside": None}, {}),
+    ]
+    for packed in (False, True):
+        layout: dict[str, object] = {"mask": None, "initial": None}
+        if not packed:
+            layout |= {"sequence_of": None, "nearest": None}
+        several += [
+            (scan._leave, cut | layout, per_scan),
+            (scan._read_out, cut | layout | {"KEEP": True, "entering": None}, per_scan),
+            (scan._leave_backwards, cut | layout, per_scan),
+            (scan._gradients, cut | layout | {"entering": None, "dinitial": None}, per_scan),
+            (conv._forward, taps | {"sequence_of": layout.get("sequence_of", ...)}, rows),
+            (conv._backward, taps | {"sequence_of": layout.get("sequence_of", ...), "TILES": conv.TILES}, rows),
+        ]
+    return [
+        (kernel, {k: v for k, v in constants.items() if k in kernel.arg_names and v is not ...}, pointers)
+        for kernel, constants, pointers in several
+    ]
+
+
+def compiled(kernel: Any, constants: dict[str, object], pointers: dict[str, str], arch: int) -> Any:
+    """A kernel for some GPU; pointers are aligned and no other number is known to be divisible by anything."""
+    signature, known, aligned = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], known[(place,)] = "constexpr", constants[name]
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        else:
+            kind = "*u8" if name in BYTES else "*i32" if name in INDICES else "*fp32"
+            signature[name] = pointers.get(name, kind)
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    warps = conv.WARPS if kernel.fn.__module__ == conv.__name__ else scan.CUT.warps
+    source = ASTSource(kernel, signature, known, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+def loops(cubin: bytes) -> list[Counter[str]]:
+    """Instructions of every loop by kind, the smallest loop first; none where the disassembler is missing."""
+    if not (TOOLS / "cuobjdump").exists():
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        listing = run_tool("cuobjdump", "-sass", str(path))
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)([^;]*);", listing)
+    found = []
+    for address, name, operands in lines:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
+        if target and int(target[1], 16) < int(address, 16):
+            inside = range(int(target[1], 16), int(address, 16) + 1)
+            found.append(Counter(kind for place, kind, _ in lines if int(place, 16) in inside))
+    return sorted(found, key=Counter.total)
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """Output of one of the tools that come with Triton."""
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes of a thread."""
+    if not (TOOLS / "cuobjdump").exists():
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = run_tool("cuobjdump", "-res-usage", str(path))
+    return {
+        name: int(re.findall(rf"{key}:(\d+)", usage)[-1])
+        for name, key in (("registers", "REG"), ("spilled_bytes", "STACK"))
+    }
+
+
+def describe(state: int, arch: int) -> list[dict[str, object]]:
+    """One row a kernel."""
+    described = []
+    for kernel, constants, pointers in kernels(state):
+        code = compiled(kernel, constants, pointers, arch)
+        inner = loops(code.asm["cubin"])
+        tile = 4 * constants["T"] if "T" in constants else 0
+        smallest = next((loop for loop in inner if loop["MUFU"] >= tile / 4 > 0), Counter())
+        described.append(
+            {
+                "kernel": kernel.fn.__name__,
+                "module": kernel.fn.__module__,
+                "packed": constants.get("sequence_of", ...) is ...,
+                "state": state,
+                **resources(code.asm["cubin"]),
+                "shared_bytes": code.metadata.shared,
+                "shuffles": code.asm["ptx"].count("shfl.sync"),
+                "inner_loop": dict(smallest.most_common()),
+            }
+        )
+    return described
+
+
+def main() -> None:
+    """Print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", type=int, nargs="+", default=[16], help="numbers of states (default 16)")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot (default 90)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        parser.exit(2, "TRITON_INTERPRET is set: nothing is compiled then. Unset it.\n")
+    if shutil.which("cuobjdump", path=TOOLS) is None:
+        print("this Triton brings no cuobjdump: registers and loops are left out", file=sys.stderr)
+    rows = [row for state in arguments.state for row in describe(state, arguments.arch)]
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    columns = ("kernel", "packed", "state", "registers", "spilled_bytes", "shared_bytes")
+    table = Table("kernel", "packed", "N", "registers", "spilled bytes", "shared bytes", "inner loop, instructions")
+    for row in rows:
+        loop = Counter(row["inner_loop"])
+        kinds = ", ".join(f"{count} {kind}" for kind, count in loop.most_common(6))
+        table.add_row(
+            *(str(row.get(name, "")) for name in columns),
+            f"{loop.total()}: {kinds}" if loop else "",
+        )
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
