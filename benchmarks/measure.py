@@ -1,7 +1,6 @@
 """How the benchmarks measure: medians with spread, peak memory, what the machine can do, and what ran on what."""
 
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -9,13 +8,12 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from mabert.ops import native
-from mabert.training.runs import processor_name
+from mabert.training.runs import processor_name, versions
 
 MILLI = 1e3
 
@@ -111,16 +109,17 @@ def machine_rates() -> dict[str, float]:
 
 
 def stamp() -> dict[str, object]:
-    """Hardware, versions and commit that a number comes from."""
+    """Hardware, versions and commit that a number comes from; MABERT_COMMIT names the commit where git cannot."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
+    named = os.environ.get("MABERT_COMMIT", "")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "benchmarks")),
+        "commit": named or git("rev-parse", "HEAD"),
+        "uncommitted_changes": not named and bool(git("status", "--porcelain", "--", "src", "benchmarks")),
         "hardware": {
             "processor": processor_name(),
             "cores": os.cpu_count(),
@@ -129,10 +128,7 @@ def stamp() -> dict[str, object]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("mabert", "torch", "transformers")},
-        },
+        "versions": versions(),
         "load_average_before": os.getloadavg()[0],
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

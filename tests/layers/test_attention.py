@@ -124,6 +124,33 @@ def test_flash_attention_gets_the_boundaries_and_no_mask(layer, monkeypatch):
     assert seen["shape"] == (1, 2, 17, 8)
 
 
+def test_packed_attention_in_half_precision_on_a_gpu_is_torchs_own(layer, monkeypatch):
+    seen = []
+
+    def varlen(query, key, value, starts, ends, *longest):
+        seen.append((query.shape, starts.tolist(), ends.tolist(), longest))
+        return value
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "varlen_runs", lambda qkv, dropout: dropout == 0)
+    layer(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
+    assert seen == [((17, 2, 8), [0, 5, 5, 6, 15, 17], [0, 5, 5, 6, 15, 17], (9, 9))]
+    layer.config.attention_probs_dropout_prob = 0.1
+    layer.train()(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
+    layer.config._attn_implementation = "eager"
+    layer.eval()(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
+    assert len(seen) == 1
+
+
+def test_what_torchs_packed_attention_takes():
+    qkv = torch.empty(4, 3, 2, 64, dtype=torch.bfloat16)
+    assert not attention.varlen_runs(qkv, 0.0)  # on a CPU
+    if torch.cuda.is_available():
+        assert attention.varlen_runs(qkv.cuda(), 0.0)
+        assert not attention.varlen_runs(qkv.cuda(), 0.1)
+        assert not attention.varlen_runs(qkv.cuda().float(), 0.0)
+
+
 def test_rotation_depends_on_relative_position_only():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 8, dtype=torch.float64)

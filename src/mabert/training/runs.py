@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,20 @@ def environment(args: TrainingArguments) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else processor_name(),
         "processes": str(args.world_size),
         "threads": str(torch.get_num_threads()),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a number depends on; mabert may run from its source tree without installation."""
+    try:
+        own = version("mabert")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {
         "python": platform.python_version(),
-        **{package: version(package) for package in ("mabert", "torch", "transformers")},
+        "mabert": own,
+        **{package: version(package) for package in ("torch", "transformers")},
     }
 
 
