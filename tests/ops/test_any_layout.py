@@ -4,6 +4,7 @@ Pads and uninitialised memory hold NaN, so that whatever is read without having 
 all, shows.
 """
 
+import contextlib
 import ctypes
 import itertools
 import sys
@@ -66,13 +67,34 @@ def sequences_of(batch, length, mask, cu_seqlens):
     ]
 
 
-def assert_close(actual, expected, name):
+# Of the largest value; a result in bfloat16 is rounded by 2e-3 of itself.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
+
+
+@contextlib.contextmanager
+def instruction_set(backend, number):
+    """One of the processor's, for the compiled kernels."""
+    if backend != "native":
+        yield
+        return
+    best, isas = kernels.isa(), kernels.isas()
+    kernels.use_isa(isas[number % len(isas)])
+    yield
+    kernels.use_isa(best)
+
+
+def rounded(t, dtype):
+    """In float64, with values that `dtype` has."""
+    return t.to(dtype).double()
+
+
+def assert_close(actual, expected, name, dtype):
     scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.detach().double(),
         expected.detach(),
         rtol=0,
-        atol=3e-5 * scale + 1e-6,
+        atol=TOLERANCE[dtype] * scale + 1e-6,
         msg=lambda message: f"{name}: {message}",
     )
 
@@ -87,9 +109,13 @@ def assert_close(actual, expected, name):
     softplus=st.booleans(),
     absent=st.sets(st.sampled_from(["D", "z", "delta_bias", "initial_state"])),
     strided=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    isa=st.integers(0, 2),
     seed=st.integers(0, 2**16),
 )
-def test_scan_is_that_of_each_sequence_alone(backend, layout, inner, state, reverse, softplus, absent, strided, seed):
+def test_scan_is_that_of_each_sequence_alone(
+    backend, layout, inner, state, reverse, softplus, absent, strided, dtype, isa, seed
+):
     batch, length, mask, cu_seqlens = layout
     sequences = sequences_of(*layout)
     g = torch.Generator().manual_seed(seed)
@@ -108,10 +134,11 @@ def test_scan_is_that_of_each_sequence_alone(backend, layout, inner, state, reve
         "delta_bias": randn(inner) if softplus else randn(inner).abs(),
         "initial_state": randn(len(sequences), inner, state),
     }
-    weight_y, weight_state = randn(batch, length, inner), randn(len(sequences), inner, state)
+    per_token = ("x", "delta", "B", "C", "z")
+    weight_y, weight_state = rounded(randn(batch, length, inner), dtype), randn(len(sequences), inner, state)
+    exact = {name: rounded(t, dtype) if name in per_token else t for name, t in exact.items()}
     exact = {name: None if name in absent else t.requires_grad_() for name, t in exact.items()}
     present = [name for name, t in exact.items() if t is not None]
-    per_token = ("x", "delta", "B", "C", "z")
 
     wanted_y = torch.zeros(batch, length, inner, dtype=torch.float64)
     states = []
@@ -131,31 +158,32 @@ def test_scan_is_that_of_each_sequence_alone(backend, layout, inner, state, reve
     pads = None if mask is None else ~mask.unsqueeze(-1)
     inputs = {}
     for name in present:
-        t = exact[name].detach().float()
+        t = exact[name].detach().to(dtype if name in per_token else torch.float32)
         if name in per_token and pads is not None:
             t = t.masked_fill(pads, float("nan"))
         if name in per_token and strided:
             t = torch.nn.functional.pad(t, (3, 5), value=float("nan"))[..., 3:-5]
         inputs[name] = t.requires_grad_()
-    y, final = selective_scan(
-        **inputs,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        delta_softplus=softplus,
-        reverse=reverse,
-        return_final_state=True,
-        backend=backend,
-    )
-    dy = weight_y.float()
+    dy = weight_y.to(dtype)
     if pads is not None:
         dy = dy.masked_fill(pads, float("nan"))
-    gradients = torch.autograd.grad(
-        [y, final], list(inputs.values()), [dy, weight_state.float()], materialize_grads=True
-    )
-    assert_close(y, wanted_y, "y")
-    assert_close(final, wanted_state, "final state")
+    with instruction_set(backend, isa):
+        y, final = selective_scan(
+            **inputs,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            delta_softplus=softplus,
+            reverse=reverse,
+            return_final_state=True,
+            backend=backend,
+        )
+        gradients = torch.autograd.grad(
+            [y, final], list(inputs.values()), [dy, weight_state.float()], materialize_grads=True
+        )
+    assert_close(y, wanted_y, "y", dtype)
+    assert_close(final, wanted_state, "final state", torch.float32)
     for name, actual, expected in zip(present, gradients, wanted, strict=True):
-        assert_close(actual, expected, f"gradient of {name}")
+        assert_close(actual, expected, f"gradient of {name}", dtype if name in per_token else torch.float32)
 
 
 @pytest.mark.parametrize("backend", [NATIVE, "torch"])
@@ -169,29 +197,34 @@ def test_scan_is_that_of_each_sequence_alone(backend, layout, inner, state, reve
     reverse=st.booleans(),
     bias=st.booleans(),
     strided=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    isa=st.integers(0, 2),
     seed=st.integers(0, 2**16),
 )
-def test_convolution_is_the_reference(backend, layout, inner, width, mode, activation, reverse, bias, strided, seed):
+def test_convolution_is_the_reference(
+    backend, layout, inner, width, mode, activation, reverse, bias, strided, dtype, isa, seed
+):
     batch, length, mask, cu_seqlens = layout
     g = torch.Generator().manual_seed(seed)
     shapes = [(batch, length, inner), (inner, width), (inner,)]
     exact = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes[: 2 + bias]]
-    exact = [t.requires_grad_() for t in exact]
-    dy = torch.randn(batch, length, inner, generator=g, dtype=torch.float64)
+    exact = [rounded(t, dtype).requires_grad_() for t in exact]
+    dy = rounded(torch.randn(batch, length, inner, generator=g, dtype=torch.float64), dtype)
     options = {"mode": mode, "activation": activation, "mask": mask, "cu_seqlens": cu_seqlens, "reverse": reverse}
     wanted = depthwise_conv(*exact, **options, backend="reference")
     wanted_gradients = torch.autograd.grad(wanted, exact, dy, materialize_grads=True)
 
-    inputs = [t.detach().float() for t in exact]
-    dy = dy.float()
+    inputs = [t.detach().to(dtype) for t in exact]
+    dy = dy.to(dtype)
     if mask is not None:
         inputs[0] = inputs[0].masked_fill(~mask.unsqueeze(-1), float("nan"))
         dy = dy.masked_fill(~mask.unsqueeze(-1), float("nan"))
     if strided:
         inputs[0] = torch.nn.functional.pad(inputs[0], (3, 5), value=float("nan"))[..., 3:-5]
     inputs = [t.requires_grad_() for t in inputs]
-    y = depthwise_conv(*inputs, **options, backend=backend)
-    assert_close(y, wanted, "y")
-    gradients = torch.autograd.grad(y, inputs, dy, materialize_grads=True)
+    with instruction_set(backend, isa):
+        y = depthwise_conv(*inputs, **options, backend=backend)
+        gradients = torch.autograd.grad(y, inputs, dy, materialize_grads=True)
+    assert_close(y, wanted, "y", dtype)
     for name, actual, expected in zip(("x", "weight", "bias"), gradients, wanted_gradients, strict=False):
-        assert_close(actual, expected, f"gradient of {name}")
+        assert_close(actual, expected, f"gradient of {name}", dtype)
