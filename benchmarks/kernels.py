@@ -161,6 +161,12 @@ def scans_in_kept_memory() -> list[dict[str, object]]:
     return json.loads(measured.stdout.splitlines()[-1])
 
 
+def dispatch() -> dict[str, object]:
+    """The scan over one token: what torch needs to call an operation and its gradient, whatever they compute."""
+    inputs = scan_inputs(1, grad=True)
+    return timings({"forward": forward(inputs, "native"), "forward+backward": forward_and_backward(inputs, "native")})
+
+
 def swapped(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with time last, contiguous, as transformers' own layer passes it."""
     per_token = ("x", "delta", "B", "C", "z")
@@ -383,6 +389,7 @@ def main() -> None:
     parts = {
         "scans": scans,
         "scans_in_kept_memory": scans_in_kept_memory,
+        "dispatch": dispatch,
         "peers": peers,
         "layer_share": layer_share,
         "training_memory": training_memory,

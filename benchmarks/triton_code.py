@@ -28,50 +28,51 @@ from mabert.ops.gpu import INTERPRETED
 from mabert.ops.selective_scan import triton as scan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INTEGERS = (
-    "x_row x_time delta_row delta_time z_row z_time B_row B_time C_row C_time length inner stretches".split()  # noqa: SIM905
-)
+STRIDES = ("x_row", "x_time", "delta_row", "delta_time", "z_row", "z_time", "B_row", "B_time", "C_row", "C_time")
+# Of the numbers that change from call to call nothing is known; strides and channels of a model are multiples of 16.
+INTEGERS = (*STRIDES, "inner", "length", "steps", "stretches")
 BYTES, INDICES = ("mask",), ("sequence_of", "nearest")
 
 
 def kernels(state: int) -> list[tuple[Any, dict[str, object], dict[str, str]]]:
     """Every kernel with its constants and with what its pointers point to if not to float32, dense and packed."""
     rows = dict.fromkeys(("x", "delta", "z", "dy", "y", "dx", "ddelta", "dz", "weight", "bias"), "*bf16")
-    cut: dict[str, object] = {"STRETCH": 4096, "N": state, "T": scan.TILE, "BLOCK": scan.CUT.block}
+    cut: dict[str, object] = {"N": state, "T": scan.TILE, "BLOCK": scan.CUT.block}
     cut |= {"SOFTPLUS": True, "REVERSE": False}
     by_tile = {"N": state, "PADDED_N": triton.next_power_of_2(state), "T": scan.TILE, "REVERSE": False, "mask": None}
-    taps = {"W": 4, "LEFT": 1, "SILU": True, "T": conv.TILE, "BLOCK": conv.BLOCK, "mask": None}
+    taps = {"W": 4, "LEFT": 1, "SILU": True, "T": conv.TILE, "BLOCK": conv.BLOCK}
     per_scan = rows | {"bias": "*fp32"}
     several: list[tuple[Any, dict[str, object], dict[str, str]]] = [
         (scan._by_tile, by_tile, {"B": "*bf16", "C": "*bf16"}),
         (scan._carry_over, {"N": state, "BACKWARDS": False, "BLOCK": 128, "outside": None}, {}),
     ]
-    for packed in (False, True):
-        layout: dict[str, object] = {"mask": None, "initial": None}
-        if not packed:
-            layout |= {"sequence_of": None, "nearest": None}
+    plain = {"mask": None, "initial": None, "entering": None, "dinitial": None}
+    everything = {"REVERSE": True}
+    for layout in (plain | {"sequence_of": None, "nearest": None}, plain, everything):
         several += [
             (scan._leave, cut | layout, per_scan),
-            (scan._read_out, cut | layout | {"KEEP": True, "entering": None}, per_scan),
+            (scan._read_out, cut | layout | {"KEEP": True}, per_scan),
             (scan._leave_backwards, cut | layout, per_scan),
-            (scan._gradients, cut | layout | {"entering": None, "dinitial": None}, per_scan),
-            (conv._forward, taps | {"sequence_of": layout.get("sequence_of", ...)}, rows),
-            (conv._backward, taps | {"sequence_of": layout.get("sequence_of", ...), "TILES": conv.TILES}, rows),
+            (scan._gradients, cut | layout, per_scan),
+            (conv._forward, taps | layout, rows),
+            (conv._backward, taps | layout | {"TILES": conv.TILES}, rows),
         ]
     return [
-        (kernel, {k: v for k, v in constants.items() if k in kernel.arg_names and v is not ...}, pointers)
+        (kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, pointers)
         for kernel, constants, pointers in several
     ]
 
 
 def compiled(kernel: Any, constants: dict[str, object], pointers: dict[str, str], arch: int) -> Any:
-    """A kernel for some GPU; pointers are aligned and no other number is known to be divisible by anything."""
+    """A kernel for some GPU, with what Triton would know of a base-size model's tensors."""
     signature, known, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], known[(place,)] = "constexpr", constants[name]
         elif name in INTEGERS:
             signature[name] = "i32"
+            if name in (*STRIDES, "inner"):
+                aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             kind = "*u8" if name in BYTES else "*i32" if name in INDICES else "*fp32"
             signature[name] = pointers.get(name, kind)
@@ -130,7 +131,7 @@ def describe(state: int, arch: int) -> list[dict[str, object]]:
             {
                 "kernel": kernel.fn.__name__,
                 "module": kernel.fn.__module__,
-                "packed": constants.get("sequence_of", ...) is ...,
+                "variant": variant(kernel, constants),
                 "state": state,
                 **resources(code.asm["cubin"]),
                 "shared_bytes": code.metadata.shared,
@@ -139,6 +140,15 @@ def describe(state: int, arch: int) -> list[dict[str, object]]:
             }
         )
     return described
+
+
+def variant(kernel: Any, constants: dict[str, object]) -> str:
+    """Which of its layouts a kernel is compiled for."""
+    if "sequence_of" not in kernel.arg_names:
+        return ""
+    if "sequence_of" in constants:
+        return "rows"
+    return "packed" if "mask" in constants else "packed, masked, reversed"
 
 
 def main() -> None:
@@ -156,8 +166,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    columns = ("kernel", "packed", "state", "registers", "spilled_bytes", "shared_bytes")
-    table = Table("kernel", "packed", "N", "registers", "spilled bytes", "shared bytes", "inner loop, instructions")
+    columns = ("kernel", "variant", "state", "registers", "spilled_bytes", "shared_bytes")
+    table = Table("kernel", "variant", "N", "registers", "spilled bytes", "shared bytes", "inner loop, instructions")
     for row in rows:
         loop = Counter(row["inner_loop"])
         kinds = ", ".join(f"{count} {kind}" for kind, count in loop.most_common(6))

@@ -23,7 +23,7 @@ def test_automatic_choice_is_reported_once_with_its_cost(caplog, monkeypatch):
         choose_backend("selective_scan", CPU, F32)
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
     assert "'torch' backend" in caplog.text
-    assert "more than ten times as long as with a compiled kernel" in caplog.text
+    assert "many times as long as with a compiled kernel" in caplog.text
     assert "'native' backend is not used: it was not compiled (no compiler). Install a C++ compiler" in caplog.text
 
 

@@ -138,7 +138,11 @@ def test_native_refuses_what_it_would_have_to_cast():
     [
         ({"bias": torch.zeros(5)}, r"bias must have shape \(37,\), not \(5,\)"),
         ({"bias": torch.zeros(1)}, r"bias must have shape"),
-        ({"mask": torch.ones(1, 1, dtype=torch.bool)}, r"mask must have shape \(1, 20\), not \(1, 1\)"),
+        (
+            {"mask": torch.ones(1, 1, dtype=torch.bool)},
+            r"mask must be torch.bool of shape \(1, 20\), not torch.bool of \(1, 1\)",
+        ),
+        ({"mask": torch.ones(1, 20)}, r"mask must be torch.bool of shape \(1, 20\), not torch.float32"),
         ({"weight": torch.zeros(37, 0)}, "W at least 1"),
         ({"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)}, r"must run from 0 to 20 .* not \[0, 7\]"),
         ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, r"must be \(S\+1,\) int32"),

@@ -217,6 +217,7 @@ def test_nothing_of_size_BLEN_is_kept_for_the_backward(backend):
     [
         ({"B": torch.zeros(2, 6, 4)}, r"B must have shape \(2, 6, 3\), not \(2, 6, 4\)"),
         ({"delta": torch.zeros(2, 5, 4)}, r"delta must have shape"),
+        ({"mask": torch.zeros(2, 6)}, r"mask must be torch.bool of shape \(2, 6\), not torch.float32"),
         ({"initial_state": torch.zeros(1, 4, 3)}, r"initial_state must have shape \(2, 4, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, r"x has 2 rows"),
         ({"backend": "cuda"}, r"Unknown backend 'cuda'"),

@@ -133,8 +133,12 @@ class SelfAttention(nn.Module):
 
 
 def varlen_runs(qkv: Tensor, dropout: float) -> bool:
-    """Whether torch's own attention over packed sequences takes this: on a GPU, in half precision, nothing dropped."""
-    return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and not dropout and qkv.shape[-1] % 8 == 0
+    """Whether torch's own attention over packed sequences takes this: half precision, nothing dropped, on a GPU that
+    FlashAttention knows.
+    """
+    if not qkv.is_cuda or dropout or qkv.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return qkv.shape[-1] % 8 == 0 and qkv.shape[-1] <= 256 and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
 
 
 def grid_is_cheaper(layout: SequenceLayout, hidden_size: int) -> bool:

@@ -76,7 +76,7 @@ BACKENDS = (
         _everywhere,
         _MORE_FLOATS,
         None,
-        cost="the selective scan takes more than ten times as long as with a compiled kernel (docs/results.md)",
+        cost="the selective scan takes many times as long as with a compiled kernel (on a CPU: docs/results.md)",
     ),
     Backend("reference", "the specification: a loop over time", _everywhere, _MORE_FLOATS, ()),
 )

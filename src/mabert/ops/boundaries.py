@@ -1,9 +1,19 @@
-"""Where packed sequences begin and end: what every operation demands of `cu_seqlens`."""
+"""Which tokens are real and where packed sequences begin and end: what every operation demands of both."""
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+
+def check_mask(mask: Tensor | None, shape: torch.Size) -> None:
+    """Refuse a mask that is not a bool for every token.
+
+    Raises:
+        ValueError: its shape or dtype is another.
+    """
+    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be torch.bool of shape {tuple(shape)}, not {mask.dtype} of {tuple(mask.shape)}.")
 
 
 def check_boundaries(cu_seqlens: Tensor, length: int) -> None:

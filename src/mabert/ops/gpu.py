@@ -4,17 +4,24 @@ Triton is imported when a kernel first runs, not with this module.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 INSTALLED = find_spec("triton") is not None
 # Triton's interpreter runs the kernels on any device, slowly.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+# One row a program along an axis of the grid that CUDA bounds.
+MOST_ROWS = 65535
 
 
 def missing(device: torch.device) -> str | None:
@@ -24,6 +31,17 @@ def missing(device: torch.device) -> str | None:
     if not INSTALLED:
         return "Triton is not installed: pip install triton."
     return None
+
+
+def on_device_of_first(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Run with the first argument's GPU as the current one: Triton launches there, wherever the tensors are."""
+
+    @wraps(function)
+    def run(tensor: Tensor, *others: object) -> Result:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *others)
+
+    return run
 
 
 def rows(name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
@@ -46,4 +64,5 @@ def rows(name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
 def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
     """The sequence of each token of a packed row: (L,) int32."""
     tokens = torch.arange(length, device=cu_seqlens.device, dtype=torch.int32)
-    return torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
+    # the last boundary is left out: tokens beyond wrong boundaries then still belong to a sequence that exists
+    return torch.searchsorted(cu_seqlens[1:-1].contiguous(), tokens, right=True, out_int32=True)

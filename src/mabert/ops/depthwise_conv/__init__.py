@@ -5,8 +5,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mabert.ops.backend import choose_backend
-from mabert.ops.boundaries import check_boundaries
+from mabert.ops.backend import choose_backend, report_backend
+from mabert.ops.boundaries import check_boundaries, check_mask
 from mabert.ops.depthwise_conv import fallback, native, reference
 from mabert.ops.native import like
 
@@ -82,6 +82,7 @@ def _conv(
     silu: bool,
     backend: str,
 ) -> Tensor:
+    report_backend("depthwise_conv", x.device, x.dtype, backend)
     return kernels(backend).forward(x, weight, bias, mask, cu_seqlens, left, silu)
 
 
@@ -130,9 +131,9 @@ def _check_shapes(x, weight, bias, mask, cu_seqlens) -> None:
             f"depthwise_conv takes x (B, L, E) and weight (E, W), W at least 1, not {tuple(x.shape)} and "
             f"{tuple(weight.shape)}."
         )
-    for name, tensor, shape in (("bias", bias, x.shape[2:]), ("mask", mask, x.shape[:2])):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"depthwise_conv: {name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}.")
+    check_mask(mask, x.shape[:2])
+    if bias is not None and bias.shape != x.shape[2:]:
+        raise ValueError(f"depthwise_conv: bias must have shape {tuple(x.shape[2:])}, not {tuple(bias.shape)}.")
     if cu_seqlens is not None:
         if x.shape[0] != 1:
             raise ValueError(f"cu_seqlens describes one row of packed sequences, but x has {x.shape[0]} rows.")

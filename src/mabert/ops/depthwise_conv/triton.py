@@ -9,24 +9,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mabert.ops.gpu import DTYPES, INTERPRETED, rows, sequence_of
+from mabert.ops.gpu import DTYPES, INTERPRETED, MOST_ROWS, on_device_of_first, rows, sequence_of
 from mabert.ops.native import like
-from mabert.ops.triton_math import sigmoid
+from mabert.ops.triton_math import channels, sigmoid
 
 # Tokens and channels of a tile, warps, and tiles of a program in the backward, whose sums over time are partial.
 TILE, BLOCK, WARPS, TILES = (4, 8, 1, 2) if INTERPRETED else (16, 64, 2, 32)
 
 
+@on_device_of_first
 def forward(x, weight, bias, mask, cu_seqlens, left, silu) -> Tensor:
     """See `reference.depthwise_conv`."""
     y = like(x)
     if x.numel():
         arguments, options = _common(x, weight, bias, mask, cu_seqlens, left, silu)
-        grid = (triton.cdiv(x.shape[2], BLOCK), triton.cdiv(x.shape[1], TILE), x.shape[0])
+        grid = (triton.cdiv(x.shape[1], TILE), triton.cdiv(x.shape[2], BLOCK), x.shape[0])
         _forward[grid](*arguments, y, **options)
     return y
 
 
+@on_device_of_first
 def backward(dy, x, weight, bias, mask, cu_seqlens, left, silu) -> list[Tensor]:
     """Gradients of x, weight and bias; an empty tensor for a bias that is absent."""
     batch, length, inner = x.shape
@@ -36,7 +38,7 @@ def backward(dy, x, weight, bias, mask, cu_seqlens, left, silu) -> list[Tensor]:
     dbias_part = torch.zeros(batch, parts, inner, device=x.device)
     if x.numel():
         arguments, options = _common(x, weight, bias, mask, cu_seqlens, left, silu)
-        grid = (triton.cdiv(inner, BLOCK), parts, batch)
+        grid = (parts, triton.cdiv(inner, BLOCK), batch)
         _backward[grid](*arguments, dy.contiguous(), dx, dweight_part, dbias_part, TILES=TILES, **options)
     dweight = dweight_part.sum((0, 1)).T.to(weight.dtype, memory_format=torch.contiguous_format)
     return [dx, dweight, x.new_empty(0) if bias is None else dbias_part.sum((0, 1)).to(bias.dtype)]
@@ -46,6 +48,8 @@ def _common(x, weight, bias, mask, cu_seqlens, left, silu):
     """The arguments that forward and backward share."""
     if x.dtype not in DTYPES:
         raise ValueError(f"triton kernel: x must be float32, bfloat16 or float16, not {x.dtype}.")
+    if x.shape[0] > MOST_ROWS:
+        raise ValueError(f"triton kernel: at most {MOST_ROWS} rows, not {x.shape[0]}. Pack them, or split the batch.")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
             raise ValueError(f"triton kernel: {name} must be float32 or {x.dtype}, not {tensor.dtype}.")
@@ -103,13 +107,13 @@ def _own_sequence(token, length, sequence_of):
     return own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _forward(
     x, x_row, x_time, weight, bias, mask, sequence_of, length, inner, y,
     W: tl.constexpr, LEFT: tl.constexpr, SILU: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    token = tl.program_id(1) * T + tl.arange(0, T)[:, None]
+    e = channels(tl.program_id(1), BLOCK)
+    token = tl.program_id(0) * T + tl.arange(0, T)[:, None]
     row = tl.program_id(2).to(tl.int64)
     some = e < inner
     own = _own_sequence(token, length, sequence_of)
@@ -123,26 +127,26 @@ def _forward(
     tl.store(at, out.to(y.dtype.element_ty), mask=(token < length) & some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _backward(
     x, x_row, x_time, weight, bias, mask, sequence_of, length, inner, dy, dx, dweight, dbias,
     W: tl.constexpr, LEFT: tl.constexpr, SILU: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    e = channels(tl.program_id(1), BLOCK)
     row = tl.program_id(2).to(tl.int64)
     some = e < inner
-    part = row * tl.num_programs(1) + tl.program_id(1)
+    part = row * tl.num_programs(0) + tl.program_id(0)
     bias_gradient = tl.zeros([1, BLOCK], tl.float32)
     for tile in range(TILES):
-        token = (tl.program_id(1) * TILES + tile) * T + tl.arange(0, T)[:, None]
+        token = (tl.program_id(0) * TILES + tile) * T + tl.arange(0, T)[:, None]
         own = _own_sequence(token, length, sequence_of)
         real = _exists(token, own, length, row, mask, sequence_of)
         gradient = tl.zeros([T, BLOCK], tl.float32)
         for w in tl.static_range(W):
             reader = token + (LEFT - w)  # the token whose sum reads this one through tap w
             seen = _exists(reader, own, length, row, mask, sequence_of) & real
-            given = _values(dy, length * inner, inner, row, reader, e, seen & some)
+            given = _values(dy + row * length * inner, 0, inner, row, reader, e, seen & some)
             if SILU:
                 ungated = _before_activation(
                     x, x_row, x_time, weight, bias, mask, sequence_of, length, inner, row, reader, own, e, some, W, LEFT

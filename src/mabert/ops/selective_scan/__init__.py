@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mabert.ops.backend import choose_backend, report_backend
-from mabert.ops.boundaries import check_boundaries
+from mabert.ops.boundaries import check_boundaries, check_mask
 from mabert.ops.native import like
 from mabert.ops.selective_scan import fallback, native, reference
 from mabert.ops.selective_scan.kept import kept_rows
@@ -190,6 +190,7 @@ def _check_shapes(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial
         raise ValueError(f"selective_scan takes x (B, L, E) and A (E, N), not {tuple(x.shape)} and {tuple(A.shape)}.")
     batch, length, inner = x.shape
     state_size = A.shape[1]
+    check_mask(mask, x.shape[:2])
     if cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens describes one row of packed sequences, but x has {batch} rows.")
@@ -203,7 +204,6 @@ def _check_shapes(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial
         "D": (D, (inner,)),
         "z": (z, (batch, length, inner)),
         "delta_bias": (delta_bias, (inner,)),
-        "mask": (mask, (batch, length)),
         "initial_state": (initial_state, (sequences, inner, state_size)),
     }
     for name, (tensor, shape) in expected.items():

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mabert.ops.gpu import DTYPES, INTERPRETED, rows, sequence_of
+from mabert.ops.gpu import DTYPES, INTERPRETED, MOST_ROWS, on_device_of_first, rows, sequence_of
 from mabert.ops.native import like
 from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY as TILE
-from mabert.ops.triton_math import LOG2_E, sigmoid
+from mabert.ops.triton_math import LOG2_E, channels, sigmoid
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -34,7 +34,7 @@ class Cut:
     Attributes:
         block: channels of a program.
         warps: of a program.
-        programs: rows are cut into stretches until there are so many.
+        programs: rows are cut into stretches while there are fewer.
         shortest: steps of a stretch at least.
     """
 
@@ -45,7 +45,7 @@ class Cut:
 
     def stretch(self, batch: int, length: int, inner: int) -> int:
         """Steps of a stretch, a multiple of TILE; all of a row where there are programs enough."""
-        per_row = max(1, self.programs // (batch * triton.cdiv(inner, self.block)))
+        per_row = max(1, self.programs // max(1, batch * triton.cdiv(inner, self.block)))
         return triton.cdiv(max(self.shortest, triton.cdiv(length, per_row)), TILE) * TILE
 
 
@@ -53,16 +53,16 @@ class Cut:
 CUT = Cut(block=8, warps=1, programs=2**20, shortest=16) if INTERPRETED else Cut(32, 1, 2048, 128)
 
 
+@on_device_of_first
 def forward(
     x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fallback.forward`; the kept states lie as (rows, N, E)."""
     scan = _Scan(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse)
     y = like(x)
-    # a sequence without tokens ends where it begins
-    final = (
-        x.new_zeros(scan.sequences, *A.shape, dtype=torch.float32) if initial_state is None else initial_state.clone()
-    )
+    final = x.new_zeros(scan.sequences, *A.shape, dtype=torch.float32)
+    if initial_state is not None:
+        final.copy_(initial_state)  # a sequence without tokens ends where it begins
     kept = x.new_empty(kept_rows, *A.shape, dtype=torch.float32)
     if x.numel():
         entering = scan.carried(_leave, (), initial_state, backwards=False)
@@ -71,6 +71,7 @@ def forward(
     return y, final, kept
 
 
+@on_device_of_first
 def backward(
     dy, dfinal, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept
 ) -> list[Tensor]:
@@ -80,7 +81,7 @@ def backward(
     dx, ddelta = like(x), like(delta)
     nothing = [x.new_empty(0) for _ in range(4)]
     dz = like(x) if z is not None else nothing[0]
-    dinitial = dfinal.clone() if initial_state is not None else nothing[1]
+    dinitial = dfinal.clone(memory_format=torch.contiguous_format) if initial_state is not None else nothing[1]
     blocks = triton.cdiv(scan.inner, CUT.block)
     dB_part, dC_part = (scan.new_empty(blocks, *scan.B.shape) for _ in range(2))
     dA_part = scan.per_stretch().zero_()
@@ -114,6 +115,10 @@ class _Scan:
                     f"triton kernel: {name} must be float32 on {x.device}, not {tensor.dtype} on {tensor.device}."
                 )
         self.batch, self.length, self.inner = x.shape
+        if self.batch > MOST_ROWS:
+            raise ValueError(
+                f"triton kernel: at most {MOST_ROWS} rows, not {self.batch}. Pack them, or split the batch."
+            )
         self.state = A.shape[1]
         self.reverse, self.cu_seqlens, self.device = reverse, cu_seqlens, x.device
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -141,9 +146,9 @@ class _Scan:
             initial_state if initial_state is None else initial_state.contiguous(),
             self.length,
             self.inner,
+            self.stretch,
         )
         self.constants = {
-            "STRETCH": self.stretch,
             "N": self.state,
             "T": TILE,
             "BLOCK": CUT.block,
@@ -197,42 +202,48 @@ class _Scan:
 
 
 @triton.jit
-def _channels(block, BLOCK: tl.constexpr):
-    """Channels of a program (1, E). Told that they lie next to each other, the compiler would give a thread several of
-    them and part of the steps of a tile, and the recurrence would cross threads.
-    """
-    return tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK)[None, :], [1, 1])
+def _bits_of_row(tile, t: tl.constexpr, T: tl.constexpr):
+    """One row of a (T, E) tile as (1, E) integers. A thread holds all T and t is known: this takes no instruction."""
+    bits = tl.where(tl.arange(0, T)[:, None] == t, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0, keep_dims=True).to(tl.int32)
 
 
 @triton.jit
 def _row(tile, t: tl.constexpr, T: tl.constexpr):
-    """One row of a (T, E) tile as (1, E). All T lie in one thread and t is known: this takes no instruction."""
-    bits = tl.where(tl.arange(0, T)[:, None] == t, tile.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=0, keep_dims=True).to(tl.int32).to(tl.float32, bitcast=True)
+    return _bits_of_row(tile, t, T).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _states(decay, added, state, T: tl.constexpr):
+def _unless_start(value, goes_on, t: tl.constexpr, T: tl.constexpr):
+    """The value, or zero where a sequence starts at step t: a product would let the NaN of another sequence through."""
+    if goes_on is not None:
+        value = (value.to(tl.int32, bitcast=True) & _bits_of_row(goes_on, t, T)).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def _states(decay, added, state, goes_on, T: tl.constexpr):
     """The recurrence over a tile: states before and after each step (T, E), and after the last one (1, E)."""
-    steps = tl.arange(0, T)[:, None]
+    step = tl.arange(0, T)[:, None]
     before = tl.zeros_like(decay)
     after = tl.zeros_like(decay)
     for t in tl.static_range(T):
-        before = tl.where(steps == t, state, before)
+        state = _unless_start(state, goes_on, t, T)
+        before = tl.where(step == t, state, before)
         state = _row(decay, t, T) * state + _row(added, t, T)
-        after = tl.where(steps == t, state, after)
+        after = tl.where(step == t, state, after)
     return before, after, state
 
 
 @triton.jit
-def _state_gradients(decay, direct, carry, T: tl.constexpr):
+def _state_gradients(decay, direct, carry, goes_on, T: tl.constexpr):
     """The recurrence backwards: gradients of the states after each step (T, E), and of that before the first (1, E)."""
-    steps = tl.arange(0, T)[:, None]
+    step = tl.arange(0, T)[:, None]
     gradient = tl.zeros_like(decay)
     for i in tl.static_range(T):
         carry += _row(direct, T - 1 - i, T)
-        gradient = tl.where(steps == T - 1 - i, carry, gradient)
-        carry = _row(decay, T - 1 - i, T) * carry
+        gradient = tl.where(step == T - 1 - i, carry, gradient)
+        carry = _unless_start(_row(decay, T - 1 - i, T) * carry, goes_on, T - 1 - i, T)
     return gradient, carry
 
 
@@ -268,10 +279,10 @@ def _any(flags):
 
 
 @triton.jit
-def _ceiling(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
-    """What a step may keep of the state at most: nothing where a sequence starts (T, 1); and where some do."""
+def _summary_of_borders(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
+    """All bits where a step goes on with a sequence, none where one starts (T, 1); whether some start, some end."""
     sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-    return tl.where(start, 0.0, float("inf")), _any(start), _any(end)
+    return tl.where(start, 0, -1), _any(start), _any(end)
 
 
 @triton.jit
@@ -314,7 +325,7 @@ def _at_state(tiles, row, tile, n, length, N: tl.constexpr, T: tl.constexpr):
     return tiles + ((row * tl.cdiv(length, T) + tile // T) * N + n) * T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _by_tile(
     B, B_row, B_time, C, C_row, C_time, mask, B_out, C_out, length,
     N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, REVERSE: tl.constexpr,
@@ -338,20 +349,20 @@ def _from_outside(states, sequence, e, n, inner, mask, N: tl.constexpr):
     return tl.load(states + (sequence * inner + e) * N + n, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "steps"])
 def _leave(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
     nearest, local, through,
-    STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a stretch makes of a zero state, and how much of an entering state it lets through."""
-    e = _channels(tl.program_id(0), BLOCK)
+    e = channels(tl.program_id(0), BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
     out = (row * tl.num_programs(1) + stretch) * N * inner + e
-    begin = stretch * STRETCH
+    begin = stretch * steps
     from_tile = begin
     alive = True
     if sequence_of is not None:
@@ -361,13 +372,14 @@ def _leave(
     for n in range(N):
         tl.store(local + out + n * inner, tl.zeros([1, BLOCK], tl.float32), mask=some)
     total = tl.zeros([1, BLOCK], tl.float32)
-    for tile in range(from_tile, tl.minimum(begin + STRETCH, length), T):
+    for tile in range(from_tile, tl.minimum(begin + steps, length), T):
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
         drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
         total += tl.sum(step_size, axis=0, keep_dims=True)
+        goes_on = None
         if sequence_of is not None:
-            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
+            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
             kept = tl.exp2(step_size * a)
@@ -377,16 +389,15 @@ def _leave(
                     if some_start:
                         sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
                         added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
-                kept = tl.minimum(kept, ceiling)
             state = tl.load(local + out + n * inner, mask=some, other=0.0)
-            before, after, state = _states(kept, added, state, T)
+            before, after, state = _states(kept, added, state, goes_on, T)
             tl.store(local + out + n * inner, state, mask=some)
     for n in range(N):
         a = tl.load(A + n * inner + e, mask=some, other=0.0)
         tl.store(through + out + n * inner, tl.where(alive, tl.exp2(total * a), 0.0), mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stretches"])
 def _carry_over(
     local, through, outside, stretches, inner, N: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -403,24 +414,24 @@ def _carry_over(
         leaving = tl.load(local + at, mask=some, other=0.0)
         factor = tl.load(through + at, mask=some, other=0.0)
         tl.store(local + at, carry, mask=some)
-        carry = factor * carry + leaving
+        carry = tl.where(factor == 0.0, 0.0, factor * carry) + leaving
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "steps"])
 def _read_out(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
     entering, states, y, final,
-    STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Eq. 8 and the gate of Eq. 9 over a stretch; keeps the state before every tile, or the last one only."""
-    e = _channels(tl.program_id(0), BLOCK)
+    e = channels(tl.program_id(0), BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
     place = row * tl.num_programs(1) + stretch
-    begin = stretch * STRETCH
-    stop = tl.minimum(begin + STRETCH, length)
+    begin = stretch * steps
+    stop = tl.minimum(begin + steps, length)
     if KEEP:
         slot = states + (row * tl.cdiv(length, T) + begin // T) * N * inner + e
         forth = N * inner
@@ -439,8 +450,9 @@ def _read_out(
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
         drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
+        goes_on = None
         if sequence_of is not None:
-            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
+            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
         out = tl.zeros([T, BLOCK], tl.float32)
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
@@ -451,9 +463,8 @@ def _read_out(
                     if some_start:
                         sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
                         added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
-                kept = tl.minimum(kept, ceiling)
             state = tl.load(slot + n * inner, mask=some, other=0.0)
-            before, after, state = _states(kept, added, state, T)
+            before, after, state = _states(kept, added, state, goes_on, T)
             out += after * tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
             tl.store(slot + forth + n * inner, state, mask=some & (tile + T < stop))
             if sequence_of is None:
@@ -476,7 +487,7 @@ def _read_out(
 @triton.jit
 def _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, mask):
     """The gradient before the gate (T, E)."""
-    gradient = _tile(dy, length * inner, inner, row, first, away, e, mask)
+    gradient = _tile(dy + row * length * inner, 0, inner, row, first, away, e, mask)
     if z is not None:
         gate = _tile(z, z_row, z_time, row, first, away, e, mask)
         gradient *= gate * sigmoid(gate)
@@ -497,21 +508,21 @@ def _direct_gradient(
     return direct
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "steps"])
 def _leave_backwards(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
     dy, dfinal, nearest, local, through,
-    STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The same as `_leave` for gradients of the state, which enter a stretch at its end."""
-    e = _channels(tl.program_id(0), BLOCK)
+    e = channels(tl.program_id(0), BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
     out = (row * tl.num_programs(1) + stretch) * N * inner + e
-    begin = stretch * STRETCH
-    stop = tl.minimum(begin + STRETCH, length)
+    begin = stretch * steps
+    stop = tl.minimum(begin + steps, length)
     alive = True
     if sequence_of is not None:
         started = tl.load(nearest + stretch)
@@ -528,32 +539,31 @@ def _leave_backwards(
         ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, real & some)
         total += tl.sum(step_size, axis=0, keep_dims=True)
         some_end = False
+        goes_on = None
         if sequence_of is not None:
-            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
+            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
             kept = tl.exp2(step_size * a)
-            if sequence_of is not None:
-                kept = tl.minimum(kept, ceiling)
             C_tile = tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
             direct = _direct_gradient(
                 ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
             )
             carry = tl.load(local + out + n * inner, mask=some, other=0.0)
-            gradient, carry = _state_gradients(kept, direct, carry, T)
+            gradient, carry = _state_gradients(kept, direct, carry, goes_on, T)
             tl.store(local + out + n * inner, carry, mask=some)
     for n in range(N):
         a = tl.load(A + n * inner + e, mask=some, other=0.0)
         tl.store(through + out + n * inner, tl.where(alive, tl.exp2(total * a), 0.0), mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "steps"])
 def _gradients(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
     dy, dfinal, entering, states, carries,
     dx, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
-    STRETCH: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Every gradient over a stretch, from its last tile to its first; states are computed again from the kept ones.
@@ -561,11 +571,11 @@ def _gradients(
     What the end of a tile needs again is loaded again: held in registers meanwhile, it would push out the states.
     """
     block = tl.program_id(0)
-    e = _channels(block, BLOCK)
+    e = channels(block, BLOCK)
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     some = e < inner
     place = row * tl.num_programs(1) + stretch
-    begin = stretch * STRETCH
+    begin = stretch * steps
     carried = place * N * inner + e
     summed = (block * tl.num_programs(2) + row).to(tl.int64)
     for n in range(N):
@@ -580,7 +590,7 @@ def _gradients(
         skip = tl.load(D + e, mask=some, other=0.0)
     skip_gradient = tl.zeros([1, BLOCK], tl.float32)
     bias_gradient = tl.zeros([1, BLOCK], tl.float32)
-    tiles = tl.cdiv(tl.minimum(begin + STRETCH, length) - begin, T)
+    tiles = tl.cdiv(tl.minimum(begin + steps, length) - begin, T)
     for i in range(tiles):
         tile = begin + (tiles - 1 - i) * T
         slot = states + (row * tl.cdiv(length, T) + tile // T) * N * inner + e
@@ -590,8 +600,9 @@ def _gradients(
         drive = step_size * _tile(x, x_row, x_time, row, first, away, e, here)
         ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, here)
         some_end = False
+        goes_on = None
         if sequence_of is not None:
-            ceiling, some_start, some_end = _ceiling(tile, length, sequence_of, T, REVERSE)
+            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
         out = tl.zeros([T, BLOCK], tl.float32)
         drive_gradient = tl.zeros([T, BLOCK], tl.float32)
         exponent_gradient = tl.zeros([T, BLOCK], tl.float32)
@@ -608,14 +619,13 @@ def _gradients(
                         sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
                         from_initial = kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
                         added += from_initial
-                kept = tl.minimum(kept, ceiling)
             state = tl.load(slot + n * inner, mask=some, other=0.0)
-            before, after, state = _states(kept, added, state, T)
+            before, after, state = _states(kept, added, state, goes_on, T)
             direct = _direct_gradient(
                 ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
             )
             carry = tl.load(carries + carried + n * inner, mask=some, other=0.0)
-            gradient, carry = _state_gradients(kept, direct, carry, T)
+            gradient, carry = _state_gradients(kept, direct, carry, goes_on, T)
             tl.store(carries + carried + n * inner, carry, mask=some)
             exponent = gradient * (kept * before + from_initial)
             if initial is not None:
@@ -647,7 +657,7 @@ def _gradients(
         tl.store(ddelta + at, step_gradient.to(ddelta.dtype.element_ty), mask=inside & some)
         if z is not None:
             gate = _tile(z, z_row, z_time, row, first, away, e, here)
-            given = _tile(dy, length * inner, inner, row, first, away, e, here)
+            given = _tile(dy + row * length * inner, 0, inner, row, first, away, e, here)
             s = sigmoid(gate)
             gate_gradient = given * (s + gate * s * (1.0 - s)) * (out + skip * values)
             tl.store(dz + at, gate_gradient.to(dz.dtype.element_ty), mask=inside & some)
