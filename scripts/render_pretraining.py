@@ -36,6 +36,7 @@ def section() -> str:
         "",
         "![Held-out loss over optimizer steps](images/pretraining-cpu.png)",
         "",
+        *near_the_start(models),
         f"Fine-tuned on the complete training sets, mean ± standard deviation over {seeds} fine-tuning seeds of one "
         f"pretrained model; learning rate {results['learning_rate']}, not tuned; epochs: "
         + ", ".join(f"{task} {epochs}" for task, epochs in results["epochs"].items())
@@ -48,6 +49,24 @@ def section() -> str:
         f"{where['device']}; {versions}; commit {stamp['commit'][:7]}{changes}; {stamp['date']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def near_the_start(models: dict) -> list[str]:
+    """Which models have hardly learnt more than how frequent words are, and what that means for the rest of the page."""
+    stuck = []
+    for name, model in models.items():
+        (held_out,) = (held for held in model["pretrain"]["held_out"] if held["length"] == 128)
+        if held_out["loss"] > 0.9 * held_out["unigram_entropy"]:
+            stuck.append(name)
+    if not stuck:
+        return []
+    return [
+        f"Still within a tenth of the unigram entropy: {', '.join(stuck)}. A convolution is given a token's neighbours; "
+        "attention has to learn from its position table where they are, and in so few tokens it did not (with rotary "
+        "positions it began to: `docs/LOG.md`). What follows compares a model that learnt with one that hardly did, "
+        "not two architectures at their best.",
+        "",
+    ]
 
 
 def pretraining_row(name: str, run: dict) -> str:
