@@ -52,7 +52,7 @@ def section() -> str:
 
 
 def near_the_start(models: dict) -> list[str]:
-    """Which models have hardly learnt more than how frequent words are, and what that means for the rest of the page."""
+    """Which models have hardly learnt more than how frequent words are, and what that means for the page."""
     stuck = []
     for name, model in models.items():
         (held_out,) = (held for held in model["pretrain"]["held_out"] if held["length"] == 128)
@@ -61,10 +61,10 @@ def near_the_start(models: dict) -> list[str]:
     if not stuck:
         return []
     return [
-        f"Still within a tenth of the unigram entropy: {', '.join(stuck)}. A convolution is given a token's neighbours; "
-        "attention has to learn from its position table where they are, and in so few tokens it did not (with rotary "
-        "positions it began to: `docs/LOG.md`). What follows compares a model that learnt with one that hardly did, "
-        "not two architectures at their best.",
+        f"Still within a tenth of the unigram entropy: {', '.join(stuck)}. A convolution is given a token's "
+        "neighbours; attention has to learn from its position table where they are, and in so few tokens it did not "
+        "(with rotary positions it began to: `docs/LOG.md`). What follows compares a model that learnt with one that "
+        "hardly did, not two architectures at their best.",
         "",
     ]
 
