@@ -30,7 +30,7 @@ from mabert.ops.selective_scan import triton as scan
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STRIDES = ("x_row", "x_time", "delta_row", "delta_time", "z_row", "z_time", "B_row", "B_time", "C_row", "C_time")
 # Of the numbers that change from call to call nothing is known; strides and channels of a model are multiples of 16.
-INTEGERS = (*STRIDES, "inner", "length", "steps", "stretches")
+INTEGERS = (*STRIDES, "inner", "length", "steps", "stretches", "width")
 BYTES, INDICES = ("mask",), ("sequence_of", "nearest")
 
 
@@ -46,7 +46,7 @@ def kernels(state: int) -> list[tuple[Any, dict[str, object], dict[str, str]]]:
         (scan._by_tile, by_tile, {"B": "*bf16", "C": "*bf16"}),
         (scan._carry_over, {"N": state, "BACKWARDS": False, "BLOCK": 128, "outside": None}, {}),
     ]
-    plain = {"mask": None, "initial": None, "entering": None, "dinitial": None}
+    plain = {"mask": None, "initial": None, "entering": None, "dfinal": None, "dinitial": None}
     everything = {"REVERSE": True}
     for layout in (plain | {"sequence_of": None, "nearest": None}, plain, everything):
         several += [

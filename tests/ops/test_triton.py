@@ -242,9 +242,10 @@ def test_every_kernel_compiles_for_a_gpu_and_keeps_a_tile_in_one_thread():
     kernels = json.loads(process.stdout)
     assert {k["kernel"] for k in kernels} >= {"_read_out", "_gradients", "_leave", "_leave_backwards"}
     for kernel in kernels:
-        if kernel["kernel"] in ("_read_out", "_leave", "_leave_backwards", "_forward"):
-            # neither the recurrence nor the readout crosses threads: no exchange but that of the flags of a tile
-            assert kernel["shuffles"] <= 8, kernel
+        # neither the recurrence nor the readout crosses threads: nothing is exchanged but the flags of a tile, and in
+        # the backward the sums over channels, 16 times for B and for C
+        if kernel["kernel"] != "_by_tile":
+            assert kernel["shuffles"] <= (40 if kernel["kernel"] == "_gradients" else 8), kernel
             assert kernel["shared_bytes"] == 0, kernel
 
 

@@ -17,4 +17,4 @@ def channels(block, BLOCK: tl.constexpr):
     """Channels of a program (1, E). Told that they lie next to each other, the compiler would give a thread several of
     them and part of the steps of a tile; a recurrence over the steps would then cross threads.
     """
-    return tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK)[None, :], [1, 1])
+    return tl.multiple_of(block * BLOCK + tl.arange(0, BLOCK)[None, :], [1, 1])

@@ -109,14 +109,18 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(x.dtype, torch.float32)
-    final, kept = (x.new_empty(n, *A.shape, dtype=dtype) for n in (sequences, kept_rows))
-    return like(x), final, kept
+    inner, state = A.shape
+    if backend == "triton":
+        final = x.new_empty(sequences, state, inner, dtype=dtype).mT
+    else:
+        final = x.new_empty(sequences, inner, state, dtype=dtype)
+    return like(x), final, x.new_empty(kept_rows, inner, state, dtype=dtype)
 
 
 @torch.library.custom_op("mabert::selective_scan_backward", mutates_args=())
 def _scan_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -166,7 +170,7 @@ def _(
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.y_shape, ctx.final_shape = output[0].shape, output[1].shape
+    ctx.y_shape = output[0].shape
     ctx.set_materialize_grads(False)  # or it would make zeros for the kept states as well
 
 
@@ -174,7 +178,6 @@ def _autograd_backward(ctx, dy, dfinal, _dkept):
     *tensors, kept = ctx.saved_tensors
     x = tensors[0]
     dy = x.new_zeros(ctx.y_shape) if dy is None else dy
-    dfinal = x.new_zeros(ctx.final_shape, dtype=kept.dtype) if dfinal is None else dfinal
     grads = _scan_backward(dy, dfinal, *tensors, ctx.delta_softplus, ctx.reverse, kept, ctx.backend)
     x, delta, A, B, C, D, z, delta_bias, initial_state = (
         g if t is not None else None for g, t in zip(grads, (*tensors[:8], tensors[10]), strict=True)

@@ -173,6 +173,8 @@ def backward(
     dx, ddelta = torch.empty_like(chunks.x), torch.empty_like(chunks.x)
     dB, dC = torch.empty_like(chunks.B), torch.empty_like(chunks.C)
     dA_EN = torch.zeros_like(chunks.A_EN)
+    if dfinal is None:
+        dfinal = x.new_zeros(len(schedule.rank_S), *A.shape, dtype=dtype)
     dh_SEN = dfinal.to(dtype)[schedule.rank_S]
 
     group_starts = [

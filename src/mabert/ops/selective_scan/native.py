@@ -40,7 +40,8 @@ def backward(
 ) -> list[Tensor]:
     """See `fallback.backward`."""
     common, _, _keep_alive = _common(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, delta_softplus, reverse)
-    dy, dfinal = dy.contiguous(), dfinal.contiguous()
+    dy = dy.contiguous()
+    dfinal = x.new_zeros(common[1], *A.shape, dtype=torch.float32) if dfinal is None else dfinal.contiguous()
     dx, ddelta = like(x), like(delta)
     dz = like(x) if z is not None else x.new_empty(0)
     dinitial = x.new_empty(0, dtype=torch.float32) if initial_state is None else torch.empty_like(initial_state)

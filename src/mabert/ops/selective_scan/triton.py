@@ -57,18 +57,19 @@ CUT = Cut(block=8, warps=1, programs=2**20, shortest=16) if INTERPRETED else Cut
 def forward(
     x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse, kept_rows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fallback.forward`; the kept states lie as (rows, N, E)."""
+    """See `fallback.forward`; the kept states lie as (rows, N, E), the final ones as (S, N, E) and are transposed."""
     scan = _Scan(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse)
     y = like(x)
-    final = x.new_zeros(scan.sequences, *A.shape, dtype=torch.float32)
-    if initial_state is not None:
-        final.copy_(initial_state)  # a sequence without tokens ends where it begins
+    if scan.initial is None:
+        final = x.new_zeros(scan.sequences, scan.state, scan.inner, dtype=torch.float32)
+    else:
+        final = scan.initial.clone()  # a sequence without tokens ends where it begins
     kept = x.new_empty(kept_rows, *A.shape, dtype=torch.float32)
     if x.numel():
-        entering = scan.carried(_leave, (), initial_state, backwards=False)
+        entering = scan.carried(_leave, (), scan.initial, backwards=False)
         states = kept if kept_rows else scan.per_stretch()
         scan.launch(_read_out, (entering, states, y, final), KEEP=kept_rows > 0)
-    return y, final, kept
+    return y, final.mT, kept
 
 
 @on_device_of_first
@@ -77,11 +78,14 @@ def backward(
 ) -> list[Tensor]:
     """See `fallback.backward`. Sums over channels, rows and stretches are partial sums added in a fixed order."""
     scan = _Scan(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse)
-    dy, dfinal = dy.contiguous(), dfinal.contiguous()
+    dy = dy.contiguous()
+    dfinal = None if dfinal is None else dfinal.mT.contiguous()
     dx, ddelta = like(x), like(delta)
     nothing = [x.new_empty(0) for _ in range(4)]
     dz = like(x) if z is not None else nothing[0]
-    dinitial = dfinal.clone(memory_format=torch.contiguous_format) if initial_state is not None else nothing[1]
+    dinitial = None
+    if scan.initial is not None:
+        dinitial = torch.zeros_like(scan.initial) if dfinal is None else dfinal.clone()
     blocks = triton.cdiv(scan.inner, CUT.block)
     dB_part, dC_part = (scan.new_empty(blocks, *scan.B.shape) for _ in range(2))
     dA_part = scan.per_stretch().zero_()
@@ -99,7 +103,7 @@ def backward(
         dD_part.sum((0, 1)) if D is not None else nothing[2],
         dz,
         dbias_part.sum((0, 1)) if delta_bias is not None else nothing[3],
-        dinitial,
+        nothing[1] if dinitial is None else dinitial.mT.contiguous(),
     ]
 
 
@@ -122,6 +126,7 @@ class _Scan:
         self.state = A.shape[1]
         self.reverse, self.cu_seqlens, self.device = reverse, cu_seqlens, x.device
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.initial = None if initial_state is None else initial_state.mT.contiguous()
         self.stretch = CUT.stretch(*x.shape)
         self.stretches = triton.cdiv(self.length, self.stretch)
         self.tiles = triton.cdiv(self.length, TILE)
@@ -143,7 +148,7 @@ class _Scan:
             delta_bias if delta_bias is None else delta_bias.contiguous(),
             mask,
             None if cu_seqlens is None else sequence_of(cu_seqlens, self.length),
-            initial_state if initial_state is None else initial_state.contiguous(),
+            self.initial,
             self.length,
             self.inner,
             self.stretch,
@@ -183,8 +188,8 @@ class _Scan:
         packed = self.cu_seqlens is not None
         self.launch(kernel, (*arguments, self._nearest_starts(backwards) if packed else None, local, through))
         _carry_over[(triton.cdiv(self.state * self.inner, 128), self.batch)](
-            local, through, None if packed or outside is None else outside.contiguous(), self.stretches, self.inner,
-            N=self.state, BACKWARDS=backwards, BLOCK=128,
+            local, through, None if packed else outside, self.stretches, self.state * self.inner,
+            BACKWARDS=backwards, BLOCK=128,
         )  # fmt: skip
         return local
 
@@ -245,6 +250,44 @@ def _state_gradients(decay, direct, carry, goes_on, T: tl.constexpr):
         gradient = tl.where(step == T - 1 - i, carry, gradient)
         carry = _unless_start(_row(decay, T - 1 - i, T) * carry, goes_on, T - 1 - i, T)
     return gradient, carry
+
+
+@triton.jit
+def _fold(tile, bit: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """(T, E) to (T/2, E): channels with the given bit take the rows of the second half, the others those of the first;
+    each adds what its neighbour across that bit has of the same rows.
+    """
+    first, second = tl.split(tl.permute(tl.reshape(tile, [2, T // 2, BLOCK]), [1, 2, 0]))
+    channel = tl.arange(0, BLOCK)[None, :] + tl.zeros([T // 2, BLOCK], tl.int32)
+    upper = (channel & bit) != 0
+    return tl.where(upper, second, first) + tl.gather(tl.where(upper, first, second), channel ^ bit, 1)
+
+
+@triton.jit
+def _sum_over_channels(tile, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the rows of a (T, E) tile, one in each of the first T channels (1, E), in the order of `_row_in_channel`.
+
+    Half of the rows go to a neighbour at every step: T exchanges between threads instead of five a row.
+    """
+    for i in tl.static_range(10):
+        if (T >> i) > 1:
+            tile = _fold(tile, 1 << i, T >> i, BLOCK)
+    for i in tl.static_range(10):
+        if (T << i) < BLOCK:
+            channel = tl.arange(0, BLOCK)[None, :]
+            tile += tl.gather(tile, channel ^ (T << i), 1)
+    return tile
+
+
+@triton.jit
+def _row_in_channel(T: tl.constexpr, BLOCK: tl.constexpr):
+    """Which row's sum a channel holds (1, E): the low bits of its number, the lowest one counting most."""
+    channel = tl.arange(0, BLOCK)[None, :]
+    row = tl.zeros_like(channel)
+    for i in tl.static_range(10):
+        if (T >> i) > 1:
+            row += ((channel >> i) & 1) * (T >> (i + 1))
+    return row
 
 
 @triton.jit
@@ -345,8 +388,8 @@ def _by_tile(
 
 @triton.jit
 def _from_outside(states, sequence, e, n, inner, mask, N: tl.constexpr):
-    """State n of sequences, from (S, E, N)."""
-    return tl.load(states + (sequence * inner + e) * N + n, mask=mask, other=0.0)
+    """State n of sequences, from (S, N, E)."""
+    return tl.load(states + (sequence * N + n) * inner + e, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["length", "steps"])
@@ -398,19 +441,17 @@ def _leave(
 
 
 @triton.jit(do_not_specialize=["stretches"])
-def _carry_over(
-    local, through, outside, stretches, inner, N: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _carry_over(local, through, outside, stretches, width, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
     """Puts what enters each stretch in the place of what leaves it by itself."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
-    some = column < N * inner
+    some = column < width
     carry = tl.zeros([BLOCK], tl.float32)
     if outside is not None:
-        carry = _from_outside(outside, row, column % inner, column // inner, inner, some, N)
-    base = row * stretches * N * inner + column
+        carry = tl.load(outside + row * width + column, mask=some, other=0.0)
+    base = row * stretches * width + column
     for i in range(stretches):
-        at = base + (stretches - 1 - i if BACKWARDS else i) * N * inner
+        at = base + (stretches - 1 - i if BACKWARDS else i) * width
         leaving = tl.load(local + at, mask=some, other=0.0)
         factor = tl.load(through + at, mask=some, other=0.0)
         tl.store(local + at, carry, mask=some)
@@ -469,11 +510,11 @@ def _read_out(
             tl.store(slot + forth + n * inner, state, mask=some & (tile + T < stop))
             if sequence_of is None:
                 if tile + T >= length:
-                    tl.store(final + (row * inner + e) * N + n, state, mask=some)
+                    tl.store(final + (row * N + n) * inner + e, state, mask=some)
             else:
                 if some_end:
                     sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                    tl.store(final + (sequence * inner + e) * N + n, after, mask=end & some)
+                    tl.store(final + (sequence * N + n) * inner + e, after, mask=end & some)
         if D is not None:
             out += tl.load(D + e, mask=some, other=0.0) * _tile(x, x_row, x_time, row, first, away, e, real & some)
         if z is not None:
@@ -502,9 +543,10 @@ def _direct_gradient(
     """The gradient of state n after each step through what is read from it there (T, E)."""
     direct = ungated * C_tile
     if sequence_of is not None:
-        if some_end:
-            sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-            direct += _from_outside(dfinal, sequence, e, n, inner, end & some, N)
+        if dfinal is not None:
+            if some_end:
+                sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+                direct += _from_outside(dfinal, sequence, e, n, inner, end & some, N)
     return direct
 
 
@@ -582,8 +624,9 @@ def _gradients(
         carry = tl.zeros([1, BLOCK], tl.float32)
         if entering is not None:
             carry = tl.load(entering + carried + n * inner, mask=some, other=0.0)
-        elif sequence_of is None:
-            carry = _from_outside(dfinal, row, e, n, inner, some, N)
+        elif dfinal is not None:
+            if sequence_of is None:
+                carry = _from_outside(dfinal, row, e, n, inner, some, N)
         tl.store(carries + carried + n * inner, carry, mask=some)
     skip = tl.zeros([1, BLOCK], tl.float32)
     if D is not None:
@@ -631,11 +674,11 @@ def _gradients(
             if initial is not None:
                 if sequence_of is None:
                     if tile == 0:
-                        tl.store(dinitial + (row * inner + e) * N + n, carry, mask=some)
+                        tl.store(dinitial + (row * N + n) * inner + e, carry, mask=some)
                 else:
                     if some_start:
                         sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                        at = dinitial + (sequence * inner + e) * N + n
+                        at = dinitial + (sequence * N + n) * inner + e
                         tl.store(at, tl.exp2(step_size * a) * gradient, mask=start & some)
             out += after * C_tile
             drive_gradient += gradient * B_tile
@@ -643,9 +686,10 @@ def _gradients(
             at = dA + carried + n * inner
             total = tl.sum(exponent * step_size, axis=0, keep_dims=True)
             tl.store(at, tl.load(at, mask=some, other=0.0) + total, mask=some)
-            at = _at_state(0, summed, tile, n, length, N, T) + tl.arange(0, T)[:, None]
-            tl.store(dB + at, tl.sum(gradient * drive, axis=1, keep_dims=True))
-            tl.store(dC + at, tl.sum(ungated * after, axis=1, keep_dims=True))
+            at = _at_state(0, summed, tile, n, length, N, T) + _row_in_channel(T, BLOCK)
+            once = tl.arange(0, BLOCK)[None, :] < T
+            tl.store(dB + at, _sum_over_channels(gradient * drive, T, BLOCK), mask=once)
+            tl.store(dC + at, _sum_over_channels(ungated * after, T, BLOCK), mask=once)
         values = _tile(x, x_row, x_time, row, first, away, e, here)
         step_gradient = exponent_gradient * LN_2 + drive_gradient * values
         if SOFTPLUS:
