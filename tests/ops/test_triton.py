@@ -38,6 +38,10 @@ LAYOUTS = {
     "all-pad row": {"length": 9, "mask": torch.tensor([[True] * 9, [False] * 9])},
     "packed": {"length": 21, "cu_seqlens": CU},
     "packed and masked": {"length": 21, "cu_seqlens": CU, "mask": random_mask(1, 21, 0.7)},
+    "a sequence that starts within the middle one of three stretches": {
+        "length": 44,
+        "cu_seqlens": torch.tensor([0, 20, 44], dtype=torch.int32),
+    },
     "sequences that begin and end with stretches": {
         "length": 32,
         "cu_seqlens": torch.tensor([0, 16, 16, 32], dtype=torch.int32),
