@@ -1,6 +1,6 @@
 """What Triton makes of the GPU kernels, without a GPU: registers, spills, shared memory, and the length of inner loops.
 
-    python -m benchmarks.triton_code
+    python -m benchmarks.triton_code [--output results/triton-code.json]
 
 Compiles every kernel for an NVIDIA GPU (`--arch 90` is an H100 or H200) and reads what came out. It measures nothing:
 it shows whether a thread still holds a whole tile, and what a state's step costs in instructions.
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from benchmarks.measure import stamp
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mabert.files import atomic_write
 from mabert.ops.depthwise_conv import triton as conv
 from mabert.ops.gpu import INTERPRETED
 from mabert.ops.selective_scan import triton as scan
@@ -156,13 +158,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=int, nargs="+", default=[16], help="numbers of states (default 16)")
     parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot (default 90)")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print what other programs read")
+    parser.add_argument("--output", type=Path, help="write it into a file, with commit and versions")
     arguments = parser.parse_args()
     if INTERPRETED:
         parser.exit(2, "TRITON_INTERPRET is set: nothing is compiled then. Unset it.\n")
     if shutil.which("cuobjdump", path=TOOLS) is None:
         print("this Triton brings no cuobjdump: registers and loops are left out", file=sys.stderr)
     rows = [row for state in arguments.state for row in describe(state, arguments.arch)]
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "stamp": stamp(),
+            "triton": triton.__version__,
+            "arch": arguments.arch,
+            "steps": scan.TILE,
+            "rows": rows,
+        }
+        with atomic_write(arguments.output, "w") as file:
+            json.dump(content, file, indent=1)
     if arguments.json:
         print(json.dumps(rows))
         return

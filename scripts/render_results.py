@@ -10,6 +10,7 @@ from pathlib import Path
 
 import render_kernels
 import render_pretraining
+import render_triton_code
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -70,7 +71,13 @@ def render() -> str:
     """The whole page."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
     head = "# Results\n\nRendered from `results/` by `scripts/render_results.py`. All of it is small-scale so far.\n"
-    parts = [head, *(section(run) for run in runs), render_pretraining.section(), render_kernels.section()]
+    parts = [
+        head,
+        *(section(run) for run in runs),
+        render_pretraining.section(),
+        render_kernels.section(),
+        render_triton_code.section(),
+    ]
     return "\n".join(part for part in parts if part)
 
 

@@ -1,0 +1,47 @@
+"""The part of the results on what Triton's compiler makes of the GPU kernels, from results/triton-code.json."""
+
+import json
+from pathlib import Path
+
+MEASURED = Path(__file__).resolve().parent.parent / "results" / "triton-code.json"
+# Of a multiprocessor of compute capability 9.0.
+REGISTERS, MOST_WARPS = 65536, 64
+
+
+def section() -> str:
+    """The Markdown of the section, empty while the file is missing."""
+    if not MEASURED.exists():
+        return ""
+    results = json.loads(MEASURED.read_text(encoding="utf-8"))
+    stamp, steps = results["stamp"], results["steps"]
+    rows = [row for row in results["rows"] if row["state"] == 16]
+    changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""
+    lines = [
+        "## The GPU kernels, compiled",
+        "",
+        "**Nothing here is a time: no GPU was there.** What the compiler says of the Triton kernels at N = 16 in bfloat16 "
+        f"for compute capability {results['arch'] / 10:.1f}: registers of a thread, bytes that do not fit into them, "
+        "shared memory of a program, how many warps the registers leave room for on a multiprocessor "
+        f"(of {MOST_WARPS}), and, for the scan, the instructions of the loop over states for {steps} steps of one "
+        "channel. Loops of packed rows hold branches that only tiles with a border take.",
+        "",
+        "| kernel | rows | registers | spilled bytes | shared bytes | warps | loop |",
+        "|---|---|---|---|---|---|---|",
+        *[table_row(row) for row in rows],
+        "",
+        f"By `python -m benchmarks.triton_code`; triton {results['triton']}, mabert {stamp['versions']['mabert']}; "
+        f"commit {stamp['commit'][:7]}{changes}; {stamp['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_row(row: dict) -> str:
+    """One kernel."""
+    # registers are handed out to a warp 256 at a time
+    warps = min(MOST_WARPS, REGISTERS // (-(-row["registers"] * 32 // 256) * 256))
+    operation = "scan" if "selective_scan" in row["module"] else "convolution"
+    loop = str(sum(row["inner_loop"].values())) if operation == "scan" and row["inner_loop"] else ""
+    return (
+        f"| {operation} `{row['kernel']}` | {row['variant']} | {row['registers']} | {row['spilled_bytes']} | "
+        f"{row['shared_bytes']} | {warps} | {loop} |"
+    )
