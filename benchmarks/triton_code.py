@@ -79,9 +79,13 @@ def compiled(kernel: Any, constants: dict[str, object], pointers: dict[str, str]
             kind = "*u8" if name in BYTES else "*i32" if name in INDICES else "*fp32"
             signature[name] = pointers.get(name, kind)
             aligned[(place,)] = [["tt.divisibility", 16]]
-    warps = conv.WARPS if kernel.fn.__module__ == conv.__name__ else scan.CUT.warps
     source = ASTSource(kernel, signature, known, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps_of(kernel)})
+
+
+def warps_of(kernel: Any) -> int:
+    """Of one program."""
+    return conv.WARPS if kernel.fn.__module__ == conv.__name__ else scan.CUT.warps
 
 
 def loops(cubin: bytes) -> list[Counter[str]]:
@@ -135,6 +139,7 @@ def describe(state: int, arch: int) -> list[dict[str, object]]:
                 "module": kernel.fn.__module__,
                 "variant": variant(kernel, constants),
                 "state": state,
+                "warps": warps_of(kernel),
                 **resources(code.asm["cubin"]),
                 "shared_bytes": code.metadata.shared,
                 "shuffles": code.asm["ptx"].count("shfl.sync"),

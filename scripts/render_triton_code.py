@@ -5,7 +5,7 @@ from pathlib import Path
 
 MEASURED = Path(__file__).resolve().parent.parent / "results" / "triton-code.json"
 # Of a multiprocessor of compute capability 9.0.
-REGISTERS, MOST_WARPS = 65536, 64
+REGISTERS, MOST_PROGRAMS = 65536, 32
 
 
 def section() -> str:
@@ -19,13 +19,13 @@ def section() -> str:
     lines = [
         "## The GPU kernels, compiled",
         "",
-        "**Nothing here is a time: no GPU was there.** What the compiler says of the Triton kernels at N = 16 in bfloat16 "
-        f"for compute capability {results['arch'] / 10:.1f}: registers of a thread, bytes that do not fit into them, "
-        "shared memory of a program, how many warps the registers leave room for on a multiprocessor "
-        f"(of {MOST_WARPS}), and, for the scan, the instructions of the loop over states for {steps} steps of one "
+        "**Nothing here is a time: no GPU was there.** What the compiler says of the Triton kernels at N = 16 in "
+        f"bfloat16 for compute capability {results['arch'] / 10:.1f}: registers of a thread, bytes that do not fit into "
+        "them, shared memory of a program, how many programs the registers leave room for on a multiprocessor (at most "
+        f"{MOST_PROGRAMS}), and, for the scan, the instructions of the loop over states for {steps} steps of one "
         "channel. Loops of packed rows hold branches that only tiles with a border take.",
         "",
-        "| kernel | rows | registers | spilled bytes | shared bytes | warps | loop |",
+        "| kernel | rows | registers | spilled bytes | shared bytes | programs at once | loop |",
         "|---|---|---|---|---|---|---|",
         *[table_row(row) for row in rows],
         "",
@@ -38,10 +38,10 @@ def section() -> str:
 def table_row(row: dict) -> str:
     """One kernel."""
     # registers are handed out to a warp 256 at a time
-    warps = min(MOST_WARPS, REGISTERS // (-(-row["registers"] * 32 // 256) * 256))
+    programs = min(MOST_PROGRAMS, REGISTERS // (-(-row["registers"] * 32 // 256) * 256 * row["warps"]))
     operation = "scan" if "selective_scan" in row["module"] else "convolution"
     loop = str(sum(row["inner_loop"].values())) if operation == "scan" and row["inner_loop"] else ""
     return (
         f"| {operation} `{row['kernel']}` | {row['variant']} | {row['registers']} | {row['spilled_bytes']} | "
-        f"{row['shared_bytes']} | {warps} | {loop} |"
+        f"{row['shared_bytes']} | {programs} | {loop} |"
     )
