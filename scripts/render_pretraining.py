@@ -26,7 +26,8 @@ def section() -> str:
         "Small-scale: the `tiny` recipe with the pattern MMT repeated and with attention alone, at equal width and "
         f"depth, for {first['pretrain']['steps']:,} steps ({first['pretrain']['tokens']:,} tokens) of English "
         "Wikipedia and books, with one vocabulary of 16,000. One pretraining seed each, one thread each, two at a "
-        "time beside other work. Published "
+        "time, resumed over several commits of a day and paused while other things were measured: the speeds are lower "
+        "bounds, and the commit below is that of the tasks. Published "
         "models saw thousands of times more text: what these two differ in says little about theirs. "
         "By `python -m benchmarks.pretraining`.",
         "",
