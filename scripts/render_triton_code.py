@@ -22,8 +22,8 @@ def section() -> str:
         "**Nothing here is a time: no GPU was there.** What the compiler says of the Triton kernels at N = 16 in "
         f"bfloat16 for compute capability {results['arch'] / 10:.1f}: registers of a thread, bytes that do not fit "
         "into them, shared memory of a program, how many programs the registers leave room for on a multiprocessor "
-        f"(at most {MOST_PROGRAMS}), and, for the scan, the instructions of the loop over states for {steps} steps of one "
-        "channel. Loops of packed rows hold branches that only tiles with a border take.",
+        f"(at most {MOST_PROGRAMS}), and, for the scan, the instructions of the loop over states for {steps} steps of "
+        "one channel. Loops of packed rows hold branches that only tiles with a border take.",
         "",
         "| kernel | rows | registers | spilled bytes | shared bytes | programs at once | loop |",
         "|---|---|---|---|---|---|---|",
