@@ -79,8 +79,10 @@ def instruction_set(backend, number):
         return
     best, isas = kernels.isa(), kernels.isas()
     kernels.use_isa(isas[number % len(isas)])
-    yield
-    kernels.use_isa(best)
+    try:
+        yield
+    finally:
+        kernels.use_isa(best)
 
 
 def rounded(t, dtype):

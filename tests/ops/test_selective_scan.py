@@ -3,7 +3,12 @@ import sys
 
 import pytest
 import torch
-from scan_checks import assert_within_twice_the_error_of_the_reference, make_inputs, outputs_and_gradients
+from scan_checks import (
+    assert_within_twice_the_error_of_the_reference,
+    make_inputs,
+    outputs_and_gradients,
+    tiny_steps_over_a_long_sequence,
+)
 
 from mabert.ops import selective_scan
 from mabert.ops.native import kernels, missing_because
@@ -261,14 +266,7 @@ class TestNativeKernel:
                 assert torch.equal(other[name], tensor), name
 
     def test_tiny_steps_over_a_long_sequence_in_every_gradient(self, isa):
-        length = 4096
-        inputs = make_inputs(1, length, 17, 16, dtype=torch.float32)
-        # of various sizes: one decay rounded in the same way at every step is wrong in any arithmetic of this precision
-        steps = torch.rand(1, length, 17, generator=torch.Generator().manual_seed(5)) + 0.5
-        inputs["delta"] = (1e-3 * steps).requires_grad_()
-        inputs["delta_bias"] = torch.zeros(17, requires_grad=True)
-        exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-        expected = outputs_and_gradients(exact, backend="torch", delta_softplus=False)
+        inputs, expected = tiny_steps_over_a_long_sequence()
         actual = outputs_and_gradients(inputs, backend="native", delta_softplus=False)
         for name, truth in expected.items():
             error = (actual[name].double() - truth).norm() / truth.norm()

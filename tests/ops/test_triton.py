@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from scan_checks import assert_within_twice_the_error_of_the_reference, make_inputs, outputs_and_gradients, to_device
+from scan_checks import (
+    assert_within_twice_the_error_of_the_reference,
+    make_inputs,
+    outputs_and_gradients,
+    tiny_steps_over_a_long_sequence,
+    to_device,
+)
 
 from mabert.ops import depthwise_conv, selective_scan, use_backend
 
@@ -118,8 +124,10 @@ def test_neither_pads_nor_what_lies_between_rows_is_read():
         for name, t in poisoned(inputs, mask).items()
     }
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
-    actual = outputs_and_gradients(wide, mask=mask, backend="triton")
-    torch.use_deterministic_algorithms(False)
+    try:
+        actual = outputs_and_gradients(wide, mask=mask, backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
     for name, tensor in clean.items():
         assert torch.equal(actual[name], tensor), name
     assert (actual["y"][~mask] == 0).all()
@@ -234,6 +242,15 @@ def test_nothing_is_cast_silently(change, message):
         selective_scan(**(inputs | change), backend="triton")
 
 
+@INTERPRETED
+def test_more_rows_than_a_grid_has_programs_for_are_refused():
+    x, A = torch.zeros(65536, 1, 1), torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="at most 65535 rows, not 65536"):
+        selective_scan(x, x, A, x, x, backend="triton")
+    with pytest.raises(ValueError, match="at most 65535 rows, not 65536"):
+        depthwise_conv(x, torch.zeros(1, 4), backend="triton")
+
+
 def test_every_kernel_compiles_for_a_gpu_and_keeps_a_tile_in_one_thread():
     """The interpreter is more patient than the compiler, and says nothing about registers and shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -319,13 +336,7 @@ def test_gpu_scan_sizes_and_large_steps(inner, step_scale, state):
 
 @pytest.mark.gpu
 def test_gpu_tiny_steps_over_a_long_sequence_in_every_gradient():
-    length = 4096
-    inputs = make_inputs(1, length, 17, 16, dtype=torch.float32)
-    steps = torch.rand(1, length, 17, generator=torch.Generator().manual_seed(5)) + 0.5
-    inputs["delta"] = (1e-3 * steps).requires_grad_()
-    inputs["delta_bias"] = torch.zeros(17, requires_grad=True)
-    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-    expected = outputs_and_gradients(exact, backend="torch", delta_softplus=False)
+    inputs, expected = tiny_steps_over_a_long_sequence()
     actual = outputs_and_gradients(to_device(inputs, GPU), backend="triton", delta_softplus=False)
     for name, truth in expected.items():
         error = (actual[name].cpu().double() - truth).norm() / truth.norm()

@@ -49,6 +49,18 @@ def outputs_and_gradients(inputs, **options):
     return {"y": y, "final_state": state} | dict(zip(names, gradients, strict=True))
 
 
+def tiny_steps_over_a_long_sequence():
+    """Inputs in float32 with steps near 1e-3, and what is to come out without softplus, from float64."""
+    length = 4096
+    inputs = make_inputs(1, length, 17, 16, dtype=torch.float32)
+    # of various sizes: one decay rounded in the same way at every step is wrong in any arithmetic of this precision
+    steps = torch.rand(1, length, 17, generator=torch.Generator().manual_seed(5)) + 0.5
+    inputs["delta"] = (1e-3 * steps).requires_grad_()
+    inputs["delta_bias"] = torch.zeros(17, requires_grad=True)
+    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    return inputs, outputs_and_gradients(exact, backend="torch", delta_softplus=False)
+
+
 def assert_within_twice_the_error_of_the_reference(inputs, actual, **options):
     """The 2x rule: no more than twice the error of the same-dtype reference against float64, and a few roundings."""
     inputs, options = to_device(inputs, "cpu"), to_device(options, "cpu")

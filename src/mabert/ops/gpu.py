@@ -16,7 +16,6 @@ Result = TypeVar("Result")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 INSTALLED = find_spec("triton") is not None
 # Triton's interpreter runs the kernels on any device, slowly.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -42,6 +41,18 @@ def on_device_of_first(function: Callable[..., Result]) -> Callable[..., Result]
             return function(tensor, *others)
 
     return run
+
+
+def check_input(x: Tensor) -> None:
+    """Refuse what no kernel takes as its x (B, L, E).
+
+    Raises:
+        ValueError: its dtype, or more rows than a grid has programs for.
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"triton kernel: x must be float32, bfloat16 or float16, not {x.dtype}.")
+    if x.shape[0] > MOST_ROWS:
+        raise ValueError(f"triton kernel: at most {MOST_ROWS} rows, not {x.shape[0]}. Pack them, or split the batch.")
 
 
 def rows(name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, int, int]:

@@ -11,7 +11,7 @@ from mabert.ops.depthwise_conv import fallback, native, reference
 from mabert.ops.native import like
 
 
-def kernels(backend: str) -> ModuleType:
+def implementation(backend: str) -> ModuleType:
     """The module with a backend's `forward` and `backward`."""
     if backend == "triton":
         from mabert.ops.depthwise_conv import triton  # not before it is needed: most machines have no GPU
@@ -83,7 +83,7 @@ def _conv(
     backend: str,
 ) -> Tensor:
     report_backend("depthwise_conv", x.device, x.dtype, backend)
-    return kernels(backend).forward(x, weight, bias, mask, cu_seqlens, left, silu)
+    return implementation(backend).forward(x, weight, bias, mask, cu_seqlens, left, silu)
 
 
 @_conv.register_fake
@@ -103,7 +103,7 @@ def _conv_backward(
     silu: bool,
     backend: str,
 ) -> list[Tensor]:
-    return kernels(backend).backward(dy, x, weight, bias, mask, cu_seqlens, left, silu)
+    return implementation(backend).backward(dy, x, weight, bias, mask, cu_seqlens, left, silu)
 
 
 @_conv_backward.register_fake

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mabert.ops.gpu import DTYPES, INTERPRETED, MOST_ROWS, on_device_of_first, rows, sequence_of
+from mabert.ops.gpu import INTERPRETED, check_input, on_device_of_first, rows, sequence_of
 from mabert.ops.native import like
 from mabert.ops.triton_math import channels, sigmoid
 
@@ -46,10 +46,7 @@ def backward(dy, x, weight, bias, mask, cu_seqlens, left, silu) -> list[Tensor]:
 
 def _common(x, weight, bias, mask, cu_seqlens, left, silu):
     """The arguments that forward and backward share."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"triton kernel: x must be float32, bfloat16 or float16, not {x.dtype}.")
-    if x.shape[0] > MOST_ROWS:
-        raise ValueError(f"triton kernel: at most {MOST_ROWS} rows, not {x.shape[0]}. Pack them, or split the batch.")
+    check_input(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
             raise ValueError(f"triton kernel: {name} must be float32 or {x.dtype}, not {tensor.dtype}.")

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mabert.ops.gpu import DTYPES, INTERPRETED, MOST_ROWS, on_device_of_first, rows, sequence_of
+from mabert.ops.gpu import INTERPRETED, check_input, on_device_of_first, rows, sequence_of
 from mabert.ops.native import like
 from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY as TILE
 from mabert.ops.triton_math import LOG2_E, channels, sigmoid
@@ -111,18 +111,13 @@ class _Scan:
     """One call's inputs as the kernels take them, and how its rows are cut."""
 
     def __init__(self, x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, softplus, reverse):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"triton kernel: x must be float32, bfloat16 or float16, not {x.dtype}.")
+        check_input(x)
         for name, tensor in (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state)):
             if tensor is not None and (tensor.dtype != torch.float32 or tensor.device != x.device):
                 raise ValueError(
                     f"triton kernel: {name} must be float32 on {x.device}, not {tensor.dtype} on {tensor.device}."
                 )
         self.batch, self.length, self.inner = x.shape
-        if self.batch > MOST_ROWS:
-            raise ValueError(
-                f"triton kernel: at most {MOST_ROWS} rows, not {self.batch}. Pack them, or split the batch."
-            )
         self.state = A.shape[1]
         self.reverse, self.cu_seqlens, self.device = reverse, cu_seqlens, x.device
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -368,6 +363,12 @@ def _at_state(tiles, row, tile, n, length, N: tl.constexpr, T: tl.constexpr):
     return tiles + ((row * tl.cdiv(length, T) + tile // T) * N + n) * T
 
 
+@triton.jit
+def _of_state(tiles, row, tile, n, length, N: tl.constexpr, T: tl.constexpr):
+    """The values of state n in a tile (T, 1), from what `_by_tile` wrote."""
+    return tl.load(_at_state(tiles, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+
+
 @triton.jit(do_not_specialize=["length"])
 def _by_tile(
     B, B_row, B_time, C, C_row, C_time, mask, B_out, C_out, length,
@@ -392,6 +393,21 @@ def _from_outside(states, sequence, e, n, inner, mask, N: tl.constexpr):
     return tl.load(states + (sequence * N + n) * inner + e, mask=mask, other=0.0)
 
 
+@triton.jit
+def _clear(states, inner, some, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero in every state of a program's channels."""
+    for n in range(N):
+        tl.store(states + n * inner, tl.zeros([1, BLOCK], tl.float32), mask=some)
+
+
+@triton.jit
+def _store_let_through(through, total, alive, A, e, inner, some, N: tl.constexpr):
+    """How much of each state passes steps that sum up to `total`; nothing where a sequence starts among them."""
+    for n in range(N):
+        a = tl.load(A + n * inner + e, mask=some, other=0.0)
+        tl.store(through + n * inner, tl.where(alive, tl.exp2(total * a), 0.0), mask=some)
+
+
 @triton.jit(do_not_specialize=["length", "steps"])
 def _leave(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
@@ -412,8 +428,7 @@ def _leave(
         started = tl.load(nearest + stretch)
         alive = started < begin
         from_tile = tl.maximum(begin, started // T * T)
-    for n in range(N):
-        tl.store(local + out + n * inner, tl.zeros([1, BLOCK], tl.float32), mask=some)
+    _clear(local + out, inner, some, N, BLOCK)
     total = tl.zeros([1, BLOCK], tl.float32)
     for tile in range(from_tile, tl.minimum(begin + steps, length), T):
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
@@ -426,7 +441,7 @@ def _leave(
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
             kept = tl.exp2(step_size * a)
-            added = drive * tl.load(_at_state(B, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            added = drive * _of_state(B, row, tile, n, length, N, T)
             if sequence_of is not None:
                 if initial is not None:
                     if some_start:
@@ -435,9 +450,7 @@ def _leave(
             state = tl.load(local + out + n * inner, mask=some, other=0.0)
             before, after, state = _states(kept, added, state, goes_on, T)
             tl.store(local + out + n * inner, state, mask=some)
-    for n in range(N):
-        a = tl.load(A + n * inner + e, mask=some, other=0.0)
-        tl.store(through + out + n * inner, tl.where(alive, tl.exp2(total * a), 0.0), mask=some)
+    _store_let_through(through + out, total, alive, A, e, inner, some, N)
 
 
 @triton.jit(do_not_specialize=["stretches"])
@@ -498,7 +511,7 @@ def _read_out(
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
             kept = tl.exp2(step_size * a)
-            added = drive * tl.load(_at_state(B, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            added = drive * _of_state(B, row, tile, n, length, N, T)
             if sequence_of is not None:
                 if initial is not None:
                     if some_start:
@@ -506,7 +519,7 @@ def _read_out(
                         added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
             state = tl.load(slot + n * inner, mask=some, other=0.0)
             before, after, state = _states(kept, added, state, goes_on, T)
-            out += after * tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            out += after * _of_state(C, row, tile, n, length, N, T)
             tl.store(slot + forth + n * inner, state, mask=some & (tile + T < stop))
             if sequence_of is None:
                 if tile + T >= length:
@@ -570,8 +583,7 @@ def _leave_backwards(
         started = tl.load(nearest + stretch)
         alive = started >= stop
         stop = tl.minimum(stop, started)
-    for n in range(N):
-        tl.store(local + out + n * inner, tl.zeros([1, BLOCK], tl.float32), mask=some)
+    _clear(local + out, inner, some, N, BLOCK)
     total = tl.zeros([1, BLOCK], tl.float32)
     tiles = tl.cdiv(stop - begin, T)
     for i in range(tiles):
@@ -587,16 +599,14 @@ def _leave_backwards(
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
             kept = tl.exp2(step_size * a)
-            C_tile = tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            C_tile = _of_state(C, row, tile, n, length, N, T)
             direct = _direct_gradient(
                 ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
             )
             carry = tl.load(local + out + n * inner, mask=some, other=0.0)
             gradient, carry = _state_gradients(kept, direct, carry, goes_on, T)
             tl.store(local + out + n * inner, carry, mask=some)
-    for n in range(N):
-        a = tl.load(A + n * inner + e, mask=some, other=0.0)
-        tl.store(through + out + n * inner, tl.where(alive, tl.exp2(total * a), 0.0), mask=some)
+    _store_let_through(through + out, total, alive, A, e, inner, some, N)
 
 
 @triton.jit(do_not_specialize=["length", "steps"])
@@ -651,8 +661,8 @@ def _gradients(
         exponent_gradient = tl.zeros([T, BLOCK], tl.float32)
         for n in range(N):
             a = tl.load(A + n * inner + e, mask=some, other=0.0)
-            B_tile = tl.load(_at_state(B, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
-            C_tile = tl.load(_at_state(C, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
+            B_tile = _of_state(B, row, tile, n, length, N, T)
+            C_tile = _of_state(C, row, tile, n, length, N, T)
             kept = tl.exp2(step_size * a)
             added = drive * B_tile
             from_initial = tl.zeros([T, BLOCK], tl.float32)
