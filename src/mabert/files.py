@@ -8,9 +8,13 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TextIO, overload
+
+if sys.platform != "win32":
+    import fcntl
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -75,6 +79,25 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     _fsync(path.parent)
     if temporary.exists():  # now the version that was replaced
         shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def lock(path: str | Path) -> Iterator[TextIO | None]:
+    """Hold a lock, and give its file, or give None where another process holds it.
+
+    The system frees it when the process ends, however it ends. On Windows nobody is kept out.
+    """
+    with Path(path).open("a+", encoding="utf-8") as file:
+        if sys.platform != "win32":
+            try:
+                # Not flock: a data loader's workers would inherit it, and keep it for seconds after a kill.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                yield None
+                return
+        yield file
 
 
 def remove_leftovers(folder: str | Path, name: str = "*") -> list[Path]:

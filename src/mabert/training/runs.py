@@ -1,10 +1,8 @@
 """What pretraining and fine-tuning have in common: a run that logs every step, can be stopped and goes on."""
 
-import errno
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from mabert.files import atomic_folder, remove_leftovers
+from mabert.files import atomic_folder, lock, remove_leftovers
 from mabert.training.callbacks import (
     AGAINST_DIVERGENCE,
     JsonLines,
@@ -33,9 +31,6 @@ from mabert.training.callbacks import (
 )
 from mabert.training.checkpoints import AtomicCheckpointTrainer, list_checkpoints
 from mabert.training.run_config import RunConfig
-
-if sys.platform != "win32":
-    import fcntl
 
 LOCK = ".lock"
 
@@ -127,20 +122,12 @@ def claimed(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system frees it when the process ends, however it ends."""
-    with (output / LOCK).open("a+", encoding="utf-8") as file:
-        if sys.platform != "win32":
-            try:
-                # Not flock: the data loader's workers would inherit it, and keep it for seconds after a kill.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                file.seek(0)
-                raise BlockingIOError(
-                    f"another process (pid {file.read().strip()}) is training in {output}: wait for it, or choose "
-                    "another output folder"
-                ) from error
+    with lock(output / LOCK) as file:
+        if file is None:
+            pid = (output / LOCK).read_text(encoding="utf-8").strip()
+            raise BlockingIOError(
+                f"another process (pid {pid}) is training in {output}: wait for it, or choose another output folder"
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

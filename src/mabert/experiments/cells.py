@@ -1,0 +1,247 @@
+"""An experiment is a list of cells: each is computed once, leaves one JSON file, and is never computed again.
+
+Several processes may be given the same cells: each takes those that no other one is at. What a cell needs from another
+one (a pretrained checkpoint) is made first.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from mabert.experiments.stamp import stamp
+from mabert.files import atomic_write, lock
+
+WAIT_SECONDS = 2.0
+
+
+class ExperimentStoppedError(RuntimeError):
+    """The time was up, or a signal came; what is finished is kept, and the same command goes on from there."""
+
+    def __init__(self, why: str, signum: int | None = None) -> None:
+        super().__init__(f"Stopped: {why}. What is finished is kept; the same command goes on from there.")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number or a few, and how they come about."""
+
+    name: str
+    """Path of its file under the results folder, without `.json`."""
+    config: dict[str, Any]
+    """Every choice that the result depends on, as JSON values."""
+    run: Callable[[], dict[str, Any]]
+    """Computes the result, as JSON values."""
+    needs: tuple["Cell", ...] = ()
+    """Cells whose results or artifacts `run` reads."""
+    artifact: Path | None = None
+    """Folder that `run` leaves for other cells; where it is missing, the cell is run again for them."""
+    alone: bool = False
+    """It measures time: nothing else may run beside it."""
+
+
+@dataclass(frozen=True)
+class CellStore:
+    """Where results are kept, `results/`, and where locks and checkpoints are, `work/`."""
+
+    results: Path
+    work: Path
+
+    def path(self, cell: Cell) -> Path:
+        """The cell's file."""
+        return self.results / f"{cell.name}.json"
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether its result is there.
+
+        Raises:
+            ValueError: it is there, but was made with other choices.
+        """
+        path = self.path(cell)
+        if not path.exists():
+            return False
+        before, now = json.loads(path.read_text(encoding="utf-8"))["config"], _plain(cell.config)
+        changed = [
+            f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} was made with other choices: {'; '.join(changed)}. "
+                "Take the old ones, name another results folder, or delete the file."
+            )
+        return True
+
+    def is_ready_for_others(self, cell: Cell) -> bool:
+        """Whether cells that need this one can run."""
+        return self.is_finished(cell) and (cell.artifact is None or cell.artifact.exists())
+
+    def read(self, cell: Cell) -> dict[str, Any]:
+        """The result of a finished cell."""
+        return json.loads(self.path(cell).read_text(encoding="utf-8"))["result"]
+
+    def run(self, cell: Cell) -> None:
+        """Compute a cell and keep its result with all that it comes from."""
+        began = time.perf_counter()
+        result = cell.run()
+        if self.is_finished(cell):  # only its artifact was missing; the result that others saw stays
+            return
+        content = {
+            "cell": cell.name,
+            "config": _plain(cell.config),
+            "result": result,
+            "seconds": round(time.perf_counter() - began, 2),
+            "stamp": stamp(),
+        }
+        path = self.path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.write("\n")
+
+    @contextlib.contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Give True and hold the cell for this process, or give False where another one has it.
+
+        Of the cells that measure time only one is held at a time.
+        """
+        path = self.work / "locks" / ("alone" if cell.alone else cell.name.replace("/", "--"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path) as file:
+            yield file is not None
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    store: CellStore,
+    *,
+    only: str | None = None,
+    max_minutes: float | None = None,
+    include_alone: bool = True,
+    console: Console | None = None,
+) -> None:
+    """Compute every cell that is not there yet.
+
+    Args:
+        only: run the cells whose name holds this text, or matches it as a pattern with `*`, and what they need.
+        max_minutes: stop after that long, also within a cell; training goes on from its checkpoint the next time.
+        include_alone: also those that measure time; a helper process leaves them to the first one.
+
+    Raises:
+        ValueError: no cell is named so, or a result was made with other choices.
+        ExperimentStoppedError: the time is up, or Ctrl-C or SIGTERM came.
+    """
+    console = console or Console(stderr=True)
+    wanted = [cell for cell in cells if only is None or _matches(cell.name, only)]
+    if not wanted:
+        raise ValueError(f"no cell matches {only!r}; there are {', '.join(cell.name for cell in cells[:8])}, …")
+    pending = _pending(wanted, store)
+    total, done, seconds = len(pending), 0, 0.0
+    _say(console, f"{len(wanted)} cells asked for; to compute, with what they need: {total}")
+    with _stopping(max_minutes):
+        while pending:
+            if not include_alone and pending[0].alone:
+                return
+            began = time.monotonic()
+            for cell in _ready(pending, store):
+                with store.claim(cell) as mine:
+                    if mine and cell in _pending(wanted, store):
+                        _say(console, f"[{total - len(pending) + 1} of {total}] {cell.name}")
+                        store.run(cell)
+                        break
+            else:
+                time.sleep(WAIT_SECONDS)  # others are at all that could begin now
+                pending = _pending(wanted, store)
+                continue
+            done, seconds = done + 1, seconds + time.monotonic() - began
+            if pending := _pending(wanted, store):
+                left = timedelta(seconds=round(seconds / done * len(pending)))
+                _say(console, f"{len(pending)} cells left, about {left} if they take as long as those before")
+
+
+def _pending(wanted: Sequence[Cell], store: CellStore) -> list[Cell]:
+    """What has to be computed, each cell after what it needs."""
+    found: dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        for need in cell.needs:
+            if not store.is_ready_for_others(need):
+                add(need)
+        found.setdefault(cell.name, cell)
+
+    for cell in wanted:
+        if not store.is_finished(cell):
+            add(cell)
+    return sorted(found.values(), key=lambda cell: cell.alone)
+
+
+def _ready(pending: Sequence[Cell], store: CellStore) -> Iterator[Cell]:
+    """The cells that could begin now; those that must be alone wait for all others."""
+    for cell in pending:
+        if cell.alone and not pending[0].alone:
+            return
+        if all(store.is_ready_for_others(need) for need in cell.needs):
+            yield cell
+
+
+def _matches(name: str, only: str) -> bool:
+    return fnmatchcase(name, only) if "*" in only else only in name
+
+
+@contextlib.contextmanager
+def _stopping(max_minutes: float | None) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and the end of the time into `ExperimentStoppedError`.
+
+    While a model trains, its own handler is in place, which saves a checkpoint first; the timer sends a SIGTERM that
+    either of the two obeys.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_up = threading.Event()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        why = "the time is up" if is_up.is_set() else signal.Signals(signum).name
+        raise ExperimentStoppedError(why, None if is_up.is_set() else signum)
+
+    def time_is_up() -> None:
+        is_up.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    timer = threading.Timer(60 * max_minutes, time_is_up) if max_minutes is not None else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if is_up.is_set() and not isinstance(error, ExperimentStoppedError):  # a training that has saved itself
+            raise ExperimentStoppedError("the time is up") from error
+        raise
+    finally:
+        if timer:
+            timer.cancel()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(config, default=str))
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
