@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import acceptability
 import stdlib_text
 from mabert import MaBertConfig
+from mabert.data import generated
 from mabert.data.corpus import iter_documents
 from mabert.data.tokenizer import train_tokenizer
 from mabert.files import atomic_folder
@@ -39,7 +39,7 @@ def write_data(folder: Path) -> None:
             stdlib_text.write_text(text)
     if not (folder / "acceptability").exists():
         with atomic_folder(folder / "acceptability") as tables:
-            acceptability.write_tables(tables)
+            generated.write_tables(tables)
     if not (folder / "tokenizer").exists():
         with atomic_folder(folder / "tokenizer") as tokenizer:
             train_tokenizer(iter_documents(folder / "text" / "train.txt"), vocab_size=4096).save_pretrained(tokenizer)
@@ -77,12 +77,12 @@ def pretrain_config(folder: Path, quick: bool) -> PretrainConfig:
 
 
 def finetune_config(folder: Path, quick: bool) -> FinetuneConfig:
-    """Acceptable or not, read from a table; the test sentences are looked at once, at the end."""
+    """Acceptable or not, read from a table; the dev sentences are looked at once, at the end."""
     return FinetuneConfig(
         model=folder / "pretrained",
         output=folder / "classifier",
         train=folder / "acceptability" / "train.tsv",
-        dev=folder / "acceptability" / "test.tsv",
+        dev=folder / "acceptability" / "dev.tsv",
         text_column="sentence",
         max_train_rows=64 if quick else None,
         max_length=32,
@@ -103,9 +103,9 @@ def failures(pretrained: PretrainResult, classifier: FinetuneResult) -> list[str
     found = []
     if not pretrained.held_out_loss < pretrained.unigram_entropy:
         found.append(f"held-out loss {pretrained.held_out_loss:.3f} is not below the unigram entropy")
-    test = classifier.splits["dev"]
-    if not test.metrics["accuracy"] > test.majority["accuracy"]:
-        found.append(f"accuracy {test.metrics['accuracy']:.3f} is not above the majority class")
+    dev = classifier.splits["dev"]
+    if not dev.metrics["accuracy"] > dev.majority["accuracy"]:
+        found.append(f"accuracy {dev.metrics['accuracy']:.3f} is not above the majority class")
     return found
 
 
@@ -117,7 +117,7 @@ def show_commands(folder: Path) -> None:
     say.print("\n[bold]Next[/]")
     for command in (
         f'fill-mask {folder}/pretrained "This [MASK] returns a string."',
-        f"predict {folder}/classifier {folder}/acceptability/test.tsv -o {folder}/labels.tsv --text-column sentence",
+        f"predict {folder}/classifier {folder}/acceptability/dev.tsv -o {folder}/labels.tsv --text-column sentence",
         f"encode {folder}/pretrained {folder}/text/heldout.txt {folder}/vectors.npy --truncate",
     ):
         say.print(f"  {mabert} {command}", markup=False)
@@ -136,10 +136,10 @@ def run(folder: Path, quick: bool) -> int:
     show_masks(folder / "pretrained")
     say.print("[bold]3. Fine-tuning[/]: is a sentence acceptable?")
     classifier = finetune(finetune_config(folder, quick), console=say)
-    test = classifier.splits["dev"]
+    dev = classifier.splits["dev"]
     say.print(
-        f"accuracy on {test.rows} new sentences {test.metrics['accuracy']:.3f}, majority class "
-        f"{test.majority['accuracy']:.3f}"
+        f"accuracy on {dev.rows} new sentences {dev.metrics['accuracy']:.3f}, majority class "
+        f"{dev.majority['accuracy']:.3f}"
     )
     show_commands(folder)
     for failure in (found := failures(pretrained, classifier)):

@@ -167,10 +167,10 @@ def stoppable() -> Iterator[None]:
         raise typer.Exit(128 + stop.signum) from stop
 
 
-def named(recipes: Mapping[str, Recipe], name: str) -> Recipe:
-    """The recipe of that name."""
+def named(recipes: Mapping[str, Recipe], name: str, what: str = "recipe") -> Recipe:
+    """What goes by that name."""
     if name not in recipes:
-        raise OverrideError(unknown("recipe", name, recipes))
+        raise OverrideError(unknown(what, name, recipes))
     return recipes[name]
 
 

@@ -87,6 +87,17 @@ def test_missing_files_and_folders_are_listed(tmp_path):
     assert expected.endswith("is MNLI/train.tsv, MNLI/dev_matched.tsv, MNLI/dev_mismatched.tsv")
 
 
+def test_only_the_splits_asked_for_are_read(tmp_path):
+    write_task(tmp_path, "MNLI")
+    (tmp_path / "MNLI" / "dev_matched.tsv").unlink()
+    (tmp_path / "MNLI" / "dev_mismatched.tsv").write_text("no table")
+    read = load_glue(tmp_path, "MNLI", splits=("train",))
+    assert {split: len(table) for split, table in read.items()} == {"train": 4}
+    (tmp_path / "MNLI" / "train.tsv").unlink()
+    with pytest.raises(TableError, match=r"MNLI/train\.tsv not found; .* is MNLI/train\.tsv, MNLI/dev_matched\.tsv"):
+        load_glue(tmp_path, "MNLI", splits=("train",))
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"), [("RET", "RTE"), ("mrcp", "MRPC"), ("sst2", "SST-2"), ("xyz", "CoLA, SST-2")]
 )

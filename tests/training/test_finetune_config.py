@@ -37,6 +37,14 @@ def config(**changes):
         ({"train": None, "task": "RTE", "glue": "glue", "regression": True}, "regression belongs to a table"),
         ({"train": None, "task": "RTE", "glue": "glue", "dev": "dev.tsv"}, "dev belongs to a table"),
         ({"glue": "glue"}, "glue is given without a task"),
+        (
+            {"dev": "dev.tsv", "dev_fraction": 0.2},
+            r"dev_fraction=0.2 would hold rows of train out as dev, but dev='dev.tsv' is given: .*dev_from_train=true",
+        ),
+        (
+            {"train": None, "task": "RTE", "glue": "glue", "dev_fraction": 0.2},
+            "dev_fraction=0.2 would hold rows of train out as dev, but the task has a dev set",
+        ),
     ],
 )
 def test_bad_choices_raise(changes, message):
@@ -47,6 +55,20 @@ def test_bad_choices_raise(changes, message):
 def test_overrides_are_what_was_given():
     assert config().overrides == ()
     assert config(psm="pre", execution="padded").overrides == (("execution", "padded"), ("psm", "pre"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds_dev_out"),
+    [
+        ({}, True),
+        ({"test": "test.tsv"}, True),
+        ({"dev": "dev.tsv"}, False),
+        ({"train": None, "task": "RTE", "glue": "glue"}, False),
+    ],
+)
+def test_dev_is_a_part_of_train_where_none_is_given_or_where_that_is_asked_for(changes, holds_dev_out):
+    assert config(**changes).holds_dev_out == holds_dev_out
+    assert config(**changes, dev_from_train=True, dev_fraction=0.2).holds_dev_out
 
 
 def test_a_task_has_one_name():

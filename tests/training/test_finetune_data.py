@@ -61,6 +61,46 @@ def test_without_dev_rows_of_train_are_held_out(prepared):
     assert {name: len(split) for name, split in with_test.evaluation.items()} == {"dev": 40, "test": 80}
 
 
+@pytest.mark.parametrize("name", ["dev", "test"])
+def test_with_dev_from_train_the_given_tables_are_not_even_read(prepared, tmp_path, name):
+    everything = keys(load(prepared).train)
+    (tmp_path / "broken.tsv").write_text("no table at all")
+    data = load(prepared, **{name: tmp_path / "broken.tsv"}, dev_from_train=True, dev_fraction=0.2)
+    assert {split: len(rows) for split, rows in data.evaluation.items()} == {"dev": 80}
+    assert len(data.train) == 320
+    assert sorted(keys(data.train) + keys(data.evaluation["dev"])) == sorted(everything)
+    assert data.evaluation["dev"].subset == "(held out of train, 80 rows)"
+    load(prepared, test=tmp_path / "gone.tsv", dev=tmp_path / "gone.tsv", dev_from_train=True)
+    with pytest.raises(TableError, match=r"broken\.tsv"):
+        load(prepared, **{name: tmp_path / "broken.tsv"})
+
+
+def test_with_dev_from_train_every_run_holds_the_same_rows_out(prepared):
+    first = load(prepared, dev_from_train=True, seed=0)
+    again = load(prepared, dev_from_train=True, seed=1, learning_rate=1e-4, max_train_rows=50, select="best")
+    assert (
+        keys(first.evaluation["dev"])
+        == keys(again.evaluation["dev"])
+        == keys(load(prepared, dev=None).evaluation["dev"])
+    )
+    assert set(keys(again.train) + keys(again.selection)) <= set(keys(first.train))
+    assert len(again.train) == 50
+
+
+def test_a_glue_task_is_tuned_on_train_alone(tmp_path):
+    glue = tiny_finetuning.write_glue(tmp_path)
+    everything = load(tmp_path, task="MNLI", glue=glue)
+    (glue / "MNLI" / "dev_matched.tsv").unlink()
+    (glue / "MNLI" / "dev_mismatched.tsv").write_text("no table at all")
+    data = load(tmp_path, task="MNLI", glue=glue, dev_from_train=True, dev_fraction=0.25)
+    assert {name: split.subset for name, split in data.evaluation.items()} == {"dev": "(held out of train, 6 rows)"}
+    assert data.train.subset == "(subset, 18 rows)"
+    assert sorted(keys(data.train) + keys(data.evaluation["dev"])) == sorted(keys(everything.train))
+    assert data.label_names == everything.label_names
+    with pytest.raises(TableError, match=r"dev_matched\.tsv not found"):
+        load(tmp_path, task="MNLI", glue=glue)
+
+
 def test_selection_is_part_of_train_and_never_of_dev(prepared):
     everything, data = load(prepared), load(prepared, select="best", select_fraction=0.25)
     assert (len(data.train), len(data.selection)) == (300, 100)
@@ -105,6 +145,11 @@ def test_glue_tasks_say_that_they_are_subsets(tmp_path):
         ("text\tlabel\nthe cat\tcat\na dog\tcat\n", {"dev": None}, "bad.tsv: every row has the same label"),
         ("text\tkind\nthe cat\tcat\n", {}, "bad.tsv, line 1: .*label"),
         ("text\tlabel\n" + "a\tcat\nb\tother\n" * 2, {"dev": None}, r"dev_fraction=0.1 of 4 rows leaves none on one"),
+        (
+            "text\tlabel\n" + "a\tcat\nb\tother\n" * 2,
+            {"dev_from_train": True},
+            r"bad.tsv: dev_fraction=0.1 of 4 rows leaves none on one side",
+        ),
         ("text\tlabel\n" + "a\t1\nb\tmany\n", {"regression": True}, "bad.tsv, line 3: label 'many' is not a number"),
     ],
 )

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from mabert.training.metrics import METRICS, compute_metrics, majority_baseline
 
@@ -12,6 +13,43 @@ PREDICTED = np.array([0, 1, 0, 1, 0, 0, 1, 1])  # 3 true and 1 false of each cla
 def test_classification_metrics_by_hand():
     scores = compute_metrics(["accuracy", "f1", "mcc"], GOLD, PREDICTED)
     assert scores == pytest.approx({"accuracy": 6 / 8, "f1": 6 / 8, "mcc": (3 * 3 - 1 * 1) / math.sqrt(4 * 4 * 4 * 4)})
+
+
+def test_classification_metrics_with_more_misses_than_false_alarms_by_hand():
+    gold = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
+    predicted = np.array([1, 1, 1, 0, 0, 1, 0, 0, 0, 0])  # 3 true and 1 false of class 1, 4 true and 2 false of class 0
+    scores = compute_metrics(["accuracy", "f1", "mcc"], gold, predicted)
+    expected = {"accuracy": 7 / 10, "f1": 2 * 3 / (2 * 3 + 1 + 2), "mcc": (3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6)}
+    assert scores == pytest.approx(expected)
+    assert [round(score, 4) for score in scores.values()] == [0.7, 0.6667, 0.4082]
+
+
+def test_three_classes_by_hand():
+    gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
+    # 4 of 6 right; each class predicted twice; gold 3, 2 and 1 times: sum of the products 12, of the squares 12 and 14
+    expected = {"accuracy": 4 / 6, "mcc": (4 * 6 - 12) / math.sqrt((36 - 12) * (36 - 14))}
+    scores = compute_metrics(["accuracy", "mcc"], gold, predicted)
+    assert scores == pytest.approx(expected)
+    assert [round(score, 4) for score in scores.values()] == [0.6667, 0.5222]
+    with pytest.raises(ValueError, match="multiclass"):
+        compute_metrics(["f1"], gold, predicted)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "of_sklearn"),
+    [
+        ("accuracy", 2, accuracy_score),
+        ("accuracy", 3, accuracy_score),
+        ("f1", 2, f1_score),
+        ("mcc", 2, matthews_corrcoef),
+        ("mcc", 3, matthews_corrcoef),
+    ],
+)
+def test_classification_metrics_are_those_of_scikit_learn(name, classes, of_sklearn):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        gold, predicted = rng.integers(classes, size=(2, 60))
+        assert compute_metrics([name], gold, predicted)[name] == pytest.approx(of_sklearn(gold, predicted))
 
 
 def test_f1_is_that_of_class_1():

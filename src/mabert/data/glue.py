@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +91,15 @@ def glue_task(name: str) -> GlueTask:
     return by_lower[name.lower()]
 
 
-def load_glue(folder: str | Path, task: str | GlueTask) -> dict[str, Table]:
+def load_glue(folder: str | Path, task: str | GlueTask, *, splits: Collection[str] | None = None) -> dict[str, Table]:
     """Return {"train": Table, "dev": Table} of ``folder/<task>/*.tsv``; MNLI has "dev_matched" and "dev_mismatched".
 
-    Raises TableError for a file that is missing, with the list of those expected.
+    With ``splits`` only those are read. Raises TableError for a file that is missing, with the list of those expected.
     """
     task = glue_task(task) if isinstance(task, str) else task
-    paths = {split: Path(folder, task.name, f"{split}.tsv") for split in task.rows}
+    paths = {split: Path(folder, task.name, f"{split}.tsv") for split in task.rows if splits is None or split in splits}
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
-        expected = ", ".join(f"{task.name}/{path.name}" for path in paths.values())
+        expected = ", ".join(f"{task.name}/{split}.tsv" for split in task.rows)
         raise TableError(f"{', '.join(missing)} not found; {task.name} in the official GLUE layout is {expected}")
     return {
         split: read_table(

@@ -134,14 +134,15 @@ BASELINES: dict[str, Build] = {
 }
 """The paper's five."""
 
-DIRECTIONS = {
-    f"MaBERT-{direction}-{conv}": {"scan_direction": direction, "conv_mode": conv}
+MABERTS = {
+    "MaBERT" if (direction, conv) == ("forward", "centered") else f"MaBERT-{direction}-{conv}": {
+        "scan_direction": direction,
+        "conv_mode": conv,
+    }
     for direction in CHOICES["scan_direction"]
     for conv in CHOICES["conv_mode"]
 }
-"""MaBERT in each scan direction, with each convolution. MaBERT itself is forward and centred."""
-
-MABERTS: dict[str, dict[str, str]] = {"MaBERT": {}, **DIRECTIONS}
+"""In each scan direction, with each convolution; MaBERT itself is forward and centred."""
 
 
 def builder(name: str) -> Build:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,19 +36,19 @@ class ExperimentStoppedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Cell:
-    """One number or a few, and how they come about."""
+    """One number or a few, and how they come about. Cells of one name are one cell."""
 
     name: str
     """Path of its file under the results folder, without `.json`."""
-    config: dict[str, Any]
+    config: dict[str, Any] = field(compare=False)
     """Every choice that the result depends on, as JSON values."""
-    run: Callable[[], dict[str, Any]]
+    run: Callable[[], dict[str, Any]] = field(compare=False)
     """Computes the result, as JSON values."""
-    needs: tuple["Cell", ...] = ()
+    needs: tuple["Cell", ...] = field(default=(), compare=False)
     """Cells whose results or artifacts `run` reads."""
-    artifact: Path | None = None
-    """Folder that `run` leaves for other cells; where it is missing, the cell is run again for them."""
-    alone: bool = False
+    artifact: Path | None = field(default=None, compare=False)
+    """The last file that `run` leaves for other cells; where it is missing, the cell is run again for them."""
+    alone: bool = field(default=False, compare=False)
     """It measures time: nothing else may run beside it."""
 
 

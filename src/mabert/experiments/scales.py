@@ -136,10 +136,10 @@ def cpu() -> Scale:
         patterns=("MMMMMMMMMMMM", "TTTTTTTTTTTT", "MMTMMTMMTMMT"),
         pattern_budget=1.0,
         tasks=("CoLA", "SST-2", "MRPC", "RTE"),
-        max_train_rows=10_000,
+        max_train_rows=5_000,
         learning_rates=(3e-4, 1e-3),
         batch_sizes=(32,),
-        epochs=(3,),
+        epochs=(2,),
         efficiency_training_lengths=(128, 512, 1024, 2048),
         repetitions=5,
     )

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict
@@ -88,16 +88,18 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
 
 def map_batches(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    collate: Callable[[list[Features]], Mapping[str, Tensor]],
     features: Sequence[Features],
     forward: Callable[[dict[str, Tensor]], Tensor],
     *,
     batch_tokens: int,
+    padded_to: int = 0,
     bf16: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """Run `forward(inputs) -> (batch, D)` of the model over all texts: float32 (n, D) in the order of `features`.
 
+    `collate` makes a batch of features, padded to `padded_to` tokens or, where that is 0, to the longest one.
     `advance` is told the number of texts of each finished batch.
 
     Raises:
@@ -105,12 +107,12 @@ def map_batches(
     """
     if not features:
         raise ValueError("there are no texts")
-    collate = DataCollatorWithPadding(tokenizer)
     rows: np.ndarray | None = None
     was_training = model.training
     model.eval()
     try:
-        for batch in length_batches([len(feature["input_ids"]) for feature in features], batch_tokens):
+        lengths = [max(padded_to, len(feature["input_ids"])) for feature in features]
+        for batch in length_batches(lengths, batch_tokens):
             inputs = {key: value.to(model.device) for key, value in collate([features[row] for row in batch]).items()}
             with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 outputs = forward(inputs).float()
@@ -187,7 +189,7 @@ class Runner:
         """`map_batches`, by the options."""
         return map_batches(
             self.model,
-            self.tokenizer,
+            DataCollatorWithPadding(self.tokenizer),
             features,
             forward,
             batch_tokens=self.batch_tokens,

@@ -82,6 +82,8 @@ def load_matching_tokenizer(folder: str | Path, config: PreTrainedConfig) -> Pre
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's embeddings {config.vocab_size}: they "
             "were not made together. Put the tokenizer there that the model was pretrained with"
         )
+    if getattr(config, "type_vocab_size", 0) < 2:  # the model knows no second segment
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     PreTrainedModel,
     TrainingArguments,
     get_linear_schedule_with_warmup,
@@ -136,7 +135,7 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
 
     splits = {}
     for name, split in data.evaluation.items():
-        logits = split_logits(model, planned.tokenizer, split, name, console)
+        logits = split_logits(model, planned, split, name, console)
         splits[name] = score(split, logits, data)
         write_predictions(config.output / f"predictions-{name}.tsv", split, logits, data)
     publish(model, planned.tokenizer, config.output)
@@ -182,11 +181,11 @@ class FinetuneTrainer(RunTrainer):
         return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
-        """The micro-batches from the step to go on from, each padded to its longest row."""
+        """The micro-batches from the step to go on from, each padded."""
         return train_loader(
             self.plan.data.train,
             self.plan.sampler(self.first_step),
-            collate=DataCollatorWithPadding(self.plan.tokenizer),
+            collate=self.plan.collate,
             workers=self.plan.config.workers,
             pin_memory=self.args.device.type == "cuda",
         )

@@ -38,6 +38,9 @@ class FinetuneConfig(RunConfig):
     dev_fraction: float = 0.1
     test: Path | None = None
     """Table to evaluate on as well."""
+    dev_from_train: bool = False
+    """Hold `dev_fraction` of train out as dev and read nothing else, no given dev or test, no official one: for choices
+    that a score decides."""
     text_column: str = "text"
     text_pair_column: str | None = None
     """Column of the second text, where a row is a pair."""
@@ -50,6 +53,8 @@ class FinetuneConfig(RunConfig):
     # CHOICE: the paper is silent on fine-tuning: BERT's GLUE length, grid, warm-up and decay
     max_length: int = 128
     """Tokens of the longest sequence; what is longer is cut, of a pair the longer text first."""
+    pad_to_max_length: bool = False
+    """Pad every batch to `max_length`, in the evaluation too, and not only to its longest sequence."""
     epochs: int = 3
     batch_size: int = 32
     micro_batch_size: int | None = None
@@ -121,6 +126,12 @@ class FinetuneConfig(RunConfig):
                     raise ValueError(f"{name} belongs to a table of your own (train), not to a task: leave it out.")
         elif self.glue is not None:
             raise ValueError("glue is given without a task: name the task, or leave glue out.")
+        if self.dev_fraction != _DEFAULTS["dev_fraction"] and not self.holds_dev_out:
+            dev = "the task has a dev set" if self.task is not None else f"dev={str(self.dev)!r} is given"
+            raise ValueError(
+                f"dev_fraction={self.dev_fraction} would hold rows of train out as dev, but {dev}: leave dev_fraction "
+                "out, or set dev_from_train=true."
+            )
         if self.batch_size % self.forward_size:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}.")
 
@@ -128,6 +139,11 @@ class FinetuneConfig(RunConfig):
     def forward_size(self) -> int:
         """Sequences in one forward pass."""
         return self.micro_batch_size or self.batch_size
+
+    @property
+    def holds_dev_out(self) -> bool:
+        """Whether dev is a part of train."""
+        return self.dev_from_train or (self.task is None and self.dev is None)
 
     @property
     def overrides(self) -> tuple[tuple[str, str], ...]:

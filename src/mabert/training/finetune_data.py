@@ -26,8 +26,8 @@ class Split:
     """(n,) int64 classes, or float32 numbers."""
     subset: str
     """What has to stand beside its scores, which do not compare with published ones then: "(subset, n rows)" if it is
-    not the whole official split, "(train subset, n rows)" if train was not, "(held out of train, n rows)" if no dev set
-    was given; else empty."""
+    not the whole official split, "(train subset, n rows)" if train was not, "(held out of train, n rows)" if it is
+    a part of train; else empty."""
     truncated: int
     """Rows that were cut to the longest sequence."""
 
@@ -64,7 +64,7 @@ def load_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, max_le
     train = tables.pop("train")
     if train.label_names is not None and len(set(train.labels or ())) < 2:
         raise TableError(f"{train.path}: every row has the same label; a classifier needs two of them at least")
-    if not tables.keys() - {"test"}:
+    if config.holds_dev_out:
         train, tables["dev"] = _hold_out(train, config.dev_fraction, "dev_fraction")
     selection = None
     if config.select == "best":
@@ -94,9 +94,9 @@ def load_data(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast, max_le
 
 
 def _subset(config: FinetuneConfig, name: str, rows: int, train_rows: int) -> str:
-    if config.task is None:
-        return f"(held out of train, {rows} rows)" if name == "dev" and config.dev is None else ""
-    if name == "selection":
+    if name == "dev" and config.holds_dev_out:
+        return f"(held out of train, {rows} rows)"
+    if config.task is None or name == "selection":
         return ""
     notes = [subset_label(config.task, name, rows)]
     if name != "train":
@@ -107,11 +107,13 @@ def _subset(config: FinetuneConfig, name: str, rows: int, train_rows: int) -> st
 def _read_task(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ...]]:
     assert config.task is not None
     assert config.glue is not None
-    return load_glue(config.glue, config.task), glue_task(config.task).metrics
+    splits = ("train",) if config.dev_from_train else None
+    return load_glue(config.glue, config.task, splits=splits), glue_task(config.task).metrics
 
 
 def _read_tables(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ...]]:
-    paths = {name: path for name in ("train", "dev", "test") if (path := getattr(config, name)) is not None}
+    names = ("train",) if config.dev_from_train else ("train", "dev", "test")
+    paths = {name: path for name in names if (path := getattr(config, name)) is not None}
     tables: dict[str, Table] = {}
     for name, path in paths.items():
         tables[name] = read_table(

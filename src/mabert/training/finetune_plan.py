@@ -54,6 +54,13 @@ class FinetunePlan:
             for step in range(self.schedule.steps)
         ]
 
+    @cached_property
+    def collate(self) -> DataCollatorWithPadding:
+        """Makes a batch of rows, padded to the longest one or to `max_length`."""
+        if self.config.pad_to_max_length:
+            return DataCollatorWithPadding(self.tokenizer, padding="max_length", max_length=self.config.max_length)
+        return DataCollatorWithPadding(self.tokenizer)
+
     def sampler(self, first_step: int = 0) -> StagedBatchSampler:
         """The micro-batches from a step on; the batch in which an epoch ends is filled from the next one."""
         layout = WorldLayout(self.config.batch_size, self.config.forward_size)
@@ -99,10 +106,9 @@ def estimate_finetune(plan: FinetunePlan) -> Estimate:
     rows, size = range(len(plan.data.train)), plan.config.forward_size
     longest = sorted(rows, key=lambda row: -len(plan.data.train.features[row]["input_ids"]))[:size]
     first = [index for _, _, index in plan.sampler().micro_batches(0)[0]]
-    collate = DataCollatorWithPadding(plan.tokenizer)
     return measure(
         AutoModelForSequenceClassification.from_config(plan.model),
-        [dict(collate([plan.data.train[0, 0, row] for row in rows])) for rows in (first, longest)],
+        [dict(plan.collate([plan.data.train[0, 0, row] for row in rows])) for rows in (first, longest)],
         steps=(plan.schedule.steps, 0),
         accumulation=plan.config.batch_size // size,
         bf16=plan.config.bf16,

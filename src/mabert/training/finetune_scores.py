@@ -14,7 +14,6 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -55,16 +54,17 @@ class SplitResult:
 
 
 def split_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: Split, name: str, console: Console | None
+    model: PreTrainedModel, planned: FinetunePlan, split: Split, name: str, console: Console | None
 ) -> np.ndarray:
     """What the model says of each row, (rows, labels) float32."""
     with progress_bar(f"evaluating {name}", len(split), console) as advance:
         return map_batches(
             model,
-            tokenizer,
+            planned.collate,
             split.features,
             lambda inputs: model(**inputs).logits,
             batch_tokens=EVALUATION_BATCH_TOKENS,
+            padded_to=planned.config.max_length if planned.config.pad_to_max_length else 0,
             advance=advance,
         )
 
@@ -118,7 +118,7 @@ class BestEpoch(TrainerCallback):
         data = self.plan.data
         assert data.selection is not None
         with _without_autocast(model):
-            logits = split_logits(model, self.plan.tokenizer, data.selection, "selection", None)
+            logits = split_logits(model, self.plan, data.selection, "selection", None)
         result = score(data.selection, logits, data)
         scores = result.metrics
         self.log.append({"step": state.global_step, "epoch": epoch, **scores})

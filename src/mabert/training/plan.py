@@ -6,14 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from mabert.config import MaBertConfig
 from mabert.data.rows import Rows
 from mabert.data.shards import MANIFEST, Progress, Shards, prepare_shards
 from mabert.data.tokenizer import load_tokenizer
 from mabert.inference.loading import load_config
-from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import WorldLayout
 from mabert.training.estimate import Estimate, measure
 from mabert.training.optim import Schedule, plan_schedule
@@ -29,7 +27,7 @@ class PretrainPlan:
     """A run in numbers; what `mabert pretrain --dry-run` shows."""
 
     config: PretrainConfig
-    model: MaBertConfig
+    model: PreTrainedConfig
     """The architecture, with the tokenizer's vocabulary."""
     parameters: int
     schedule: Schedule
@@ -87,7 +85,7 @@ def plan(config: PretrainConfig) -> PretrainPlan:
         train, held_out = prepare_rows(config, tokenizer)
         rows, held_out_rows = tuple(map(len, train)), tuple(map(len, held_out))
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in MaBertForMaskedLM(model).parameters())
+        parameters = AutoModelForMaskedLM.from_config(model).num_parameters()
     return PretrainPlan(
         config=config,
         model=model,
@@ -105,21 +103,20 @@ def plan(config: PretrainConfig) -> PretrainPlan:
     )
 
 
-def resolve_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> MaBertConfig:
+def resolve_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     """The architecture to train: the given one with the tokenizer's vocabulary, or that of `init_from`."""
     if config.init_from is None:
-        assert isinstance(config.model, MaBertConfig)
+        assert isinstance(config.model, PreTrainedConfig)
         given = config.model.to_diff_dict()
-        return MaBertConfig(**given | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
+        from_tokenizer = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        return type(config.model)(**given | from_tokenizer)
     model = load_config(config.init_from)
-    if not isinstance(model, MaBertConfig):
-        raise ValueError(f"init_from={config.init_from} holds a {model.model_type} model, not a MaBERT.")
     if model.vocab_size != len(tokenizer):
         raise ValueError(
             f"the model in {config.init_from} has {model.vocab_size:,} tokens, the tokenizer in {config.tokenizer} has "
             f"{len(tokenizer):,}: give the tokenizer that the model was trained with."
         )
-    check_trainable(model, config.stage_lengths)
+    check_trainable(model, config)
     return model
 
 
@@ -168,7 +165,7 @@ def estimate(plan: PretrainPlan) -> Estimate:
     """
     sequences = min(plan.config.micro_batch_size, MEASURED_SEQUENCES)
     return measure(
-        MaBertForMaskedLM(plan.model),
+        AutoModelForMaskedLM.from_config(plan.model),
         [_random_batch(plan, sequences, length) for length in plan.config.stage_lengths],
         scale=plan.config.micro_batch_size / sequences,
         steps=plan.schedule.stage_steps,

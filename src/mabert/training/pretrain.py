@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForMaskedLM,
     PreTrainedTokenizerBase,
     TrainingArguments,
     get_linear_schedule_with_warmup,
@@ -37,6 +38,7 @@ from mabert.training.callbacks import (
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint
 from mabert.training.estimate import Estimate
 from mabert.training.held_out import HeldOut, evaluate_held_out
+from mabert.training.masked_lm import IGNORED, head_at, loss_at_labels
 from mabert.training.optim import adamw
 from mabert.training.plan import PretrainPlan, estimate, plan, prepare_rows
 from mabert.training.pretrain_config import PretrainConfig
@@ -124,7 +126,7 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
 
     set_seed(config.seed)
     init = config.init_from
-    model = load_model(MaBertForMaskedLM, init) if init else MaBertForMaskedLM(planned.model)
+    model = load_model(AutoModelForMaskedLM, init) if init else AutoModelForMaskedLM.from_config(planned.model)
 
     def masked(rows: list[Rows], seed: int) -> MlmDataset:
         return MlmDataset(rows, tokenizer, seed=seed, mlm_probability=config.mlm_probability)
@@ -163,13 +165,15 @@ def _say(console: Console, line: str) -> None:
 class PretrainTrainer(RunTrainer):
     """The Trainer of `pretrain`: its own batches, optimizer, schedule and held-out evaluation."""
 
-    model: MaBertForMaskedLM
     train_dataset: MlmDataset
     eval_dataset: MlmDataset
     processing_class: PreTrainedTokenizerBase
 
     def __init__(self, planned: PretrainPlan, *, logs: Sequence[JsonLines], **kwargs: Any) -> None:
         self.plan, self.evaluations = planned, logs[1] if logs else None
+        self.model_has_own_loss = isinstance(kwargs["model"], MaBertForMaskedLM)
+        if not self.model_has_own_loss:
+            kwargs["compute_loss_func"] = loss_at_labels
         super().__init__(steps=planned.schedule.steps, seed=planned.config.seed, logs=logs, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -217,6 +221,14 @@ class PretrainTrainer(RunTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         self.step_log.data_arrived()
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss at the labelled positions; rows of a model that knows no `seq_idx` are one sequence each."""
+        if self.model_has_own_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        del inputs["seq_idx"]
+        with head_at(inputs["labels"] != IGNORED, self.accelerator.unwrap_model(model)):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss at the first stage's length, after the last step at every stage's length."""

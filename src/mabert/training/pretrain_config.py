@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
+
 from mabert.config import MaBertConfig
 from mabert.data.rows import MIN_LENGTH, Packing
 from mabert.training.batches import WorldLayout
+from mabert.training.masked_lm import takes_seq_idx
 from mabert.training.optim import BUDGET_MODES
 from mabert.training.run_config import RunConfig
 
@@ -59,8 +62,9 @@ class PretrainConfig(RunConfig):
     shards: Path | None = None
     """Folder for the tokenised text, which runs can share; default: `shards` in `output`."""
 
-    model: MaBertConfig | Mapping[str, Any] | None = None
-    """The architecture; default: `MaBertConfig.base()`, or that of `init_from`."""
+    model: PreTrainedConfig | Mapping[str, Any] | None = None
+    """The architecture; default: `MaBertConfig.base()`, or that of `init_from`. A mapping is one of MaBERT's, unless
+    its `model_type` names another masked language model of transformers."""
     init_from: Path | None = None
     """Pretrained folder to start from; default: random weights."""
     seed: int = 0
@@ -117,7 +121,8 @@ class PretrainConfig(RunConfig):
         if isinstance(self.model, Mapping):
             if given := [name for name in FROM_TOKENIZER if name in self.model]:
                 raise ValueError(f"model.{given[0]} comes from the tokenizer: leave it out.")
-            self._set("model", MaBertConfig(**self.model))
+            given = {"model_type": MaBertConfig.model_type} | dict(self.model)
+            self._set("model", AutoConfig.for_model(given.pop("model_type"), **given))
         elif self.model is None and self.init_from is None:
             self._set("model", MaBertConfig.base())
         self._check_ranges()
@@ -164,28 +169,35 @@ class PretrainConfig(RunConfig):
                 "steps: as many numbers above 0, which add up to 1."
             )
         WorldLayout(self.batch_size, self.micro_batch_size)
-        if isinstance(self.model, MaBertConfig):
-            check_trainable(self.model, self.stage_lengths)
+        if isinstance(self.model, PreTrainedConfig):
+            check_trainable(self.model, self)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; of the model, what differs from the default and is not the tokenizer's."""
         values = super().to_dict()
-        if isinstance(self.model, MaBertConfig):
+        if isinstance(self.model, PreTrainedConfig):
             left_out = {"transformers_version", *FROM_TOKENIZER}
             model = {k: v for k, v in self.model.to_diff_dict().items() if k not in left_out}
             values["model"] = json.loads(json.dumps(model, default=str))
         return values
 
 
-def check_trainable(model: MaBertConfig, stage_lengths: tuple[int, ...]) -> None:
-    """Raise ValueError if a model with this configuration cannot be pretrained on rows of these lengths."""
-    if model.execution != "packed":
+def check_trainable(model: PreTrainedConfig, config: PretrainConfig) -> None:
+    """Raise ValueError if a model of this architecture cannot be pretrained on the rows of `config`."""
+    if not MODEL_FOR_MASKED_LM_MAPPING.get(type(model), None):
+        raise ValueError(f"transformers has no masked language model for model_type={model.model_type!r}.")
+    if isinstance(model, MaBertConfig) and model.execution != "packed":
         raise ValueError(
             f"model.execution={model.execution!r} cannot pretrain: rows hold several documents and no pads, so psm has "
             "nothing to act on. Pretrain with execution='packed' and choose it when fine-tuning."
         )
-    if max(stage_lengths) > model.max_position_embeddings:
+    if config.packing != "full-sentences" and not takes_seq_idx(model):
         raise ValueError(
-            f"stage_lengths={stage_lengths} exceed max_position_embeddings={model.max_position_embeddings}: "
+            f"packing={config.packing!r} puts several sequences in a row, which a {model.model_type} model would mix. "
+            "Take packing='full-sentences', where a row is one sequence."
+        )
+    if max(config.stage_lengths) > model.max_position_embeddings:
+        raise ValueError(
+            f"stage_lengths={config.stage_lengths} exceed max_position_embeddings={model.max_position_embeddings}: "
             "raise model.max_position_embeddings or shorten the rows."
         )

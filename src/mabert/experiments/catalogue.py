@@ -1,0 +1,119 @@
+"""Every experiment as the list of its cells. Cells that several of them share are computed once."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from mabert.experiments.architectures import BASELINES, MABERTS
+from mabert.experiments.cells import Cell
+from mabert.experiments.drift import drift_cells
+from mabert.experiments.efficiency import efficiency_cells
+from mabert.experiments.finetuning import Finetuning
+from mabert.experiments.pretraining import Pretraining
+from mabert.experiments.scales import Scale
+
+PATTERN = "MMTMMTMMTMMT"
+# CHOICE: Tables 3 and B4 with both convolutions, since the text leaves open which one the paper's model has
+ABLATED = ("MaBERT", "MaBERT-forward-causal")
+PSM, NO_PSM = "pre+post", "none"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The experiments at one scale."""
+
+    scale: Scale
+    pretraining: Pretraining
+    finetuning: Finetuning
+
+    def patterns(self) -> Iterator[Cell]:
+        """Table 1: eight schedules of layers, pretrained for a tenth of the steps."""
+        yield from self._compared([named(pattern) for pattern in self.scale.patterns], self.scale.pattern_budget)
+
+    def budgets(self) -> Iterator[Cell]:
+        """Figure 3, Tables B1 to B3 and 2: six models after four budgets of pretraining."""
+        for budget in self.scale.budgets:
+            yield from self._scored(("MaBERT", *BASELINES), budget)
+
+    def ablations(self) -> Iterator[Cell]:
+        """Table 3: with and without PSM and MAP, from one checkpoint."""
+        yield from self._ablated([(psm, pooling) for psm in (PSM, NO_PSM) for pooling in ("map", "cls")])
+
+    def pooling(self) -> Iterator[Cell]:
+        """Table B4: four ways to pool, from one checkpoint."""
+        yield from self._ablated([(PSM, pooling) for pooling in ("map", "attention", "cls", "mean")])
+
+    def drift(self) -> Iterator[Cell]:
+        """Figures 3 and 4 (drift): how far padding moves what a trained model says of a sentence."""
+        pretrained = {
+            name: self.pretraining.cell(name)
+            for name, choices in MABERTS.items()
+            if choices["scan_direction"] in ("forward", "bidirectional")
+        }
+        yield from drift_cells(self.scale, pretrained, self.pretraining.sources.sentences)
+
+    def efficiency(self) -> Iterator[Cell]:
+        """Figure 5, Tables B5 to B7: time and memory by length."""
+        yield from efficiency_cells(self.scale)
+
+    def baselines(self) -> Iterator[Cell]:
+        """Encoders of equal size after equal tokens: held-out loss and tasks."""
+        names = ("MaBERT", *BASELINES, "ModernBERT", "MMMMMMMMMMMM", "TTTTTTTTTTTT", "TTTTTTTTTTTT+rope")
+        yield from self._compared(names)
+
+    def directions(self) -> Iterator[Cell]:
+        """Our own study: scan direction and convolution, at equal parameters and tokens."""
+        yield from self._compared(MABERTS)
+
+    def all(self) -> Iterator[Cell]:
+        """Everything."""
+        for name in EXPERIMENTS:
+            if name != "all":
+                yield from EXPERIMENTS[name](self)
+
+    def _scored(self, names: Iterable[str], budget: float = 1.0) -> Iterator[Cell]:
+        for name in names:
+            checkpoints = self.pretraining.checkpoints(name, budget)
+            for checkpoint in checkpoints:
+                yield from checkpoint.needs
+            yield from self.finetuning.scores(checkpoints)
+
+    def _compared(self, names: Iterable[str], budget: float = 1.0) -> Iterator[Cell]:
+        """The models' scores, and how each differs from MaBERT."""
+        names = list(dict.fromkeys(["MaBERT", *names]))
+        yield from self._scored(names, budget)
+        ours = self.pretraining.checkpoints("MaBERT", budget)
+        for name in names[1:]:
+            for task in self.finetuning.sources.tasks:
+                yield self.finetuning.comparison(ours, self.pretraining.checkpoints(name, budget), task)
+
+    def _ablated(self, variants: list[tuple[str, str]]) -> Iterator[Cell]:
+        for name in ABLATED:
+            for psm, pooling in variants:
+                variant = {"psm": psm, "pooling": pooling}
+                yield from self.finetuning.scores(self.pretraining.checkpoints(name), variant)
+
+
+def named(pattern: str) -> str:
+    """The name of a pattern's architecture."""
+    return "MaBERT" if pattern == PATTERN else pattern
+
+
+EXPERIMENTS: dict[str, Callable[[Suite], Iterator[Cell]]] = {
+    name: getattr(Suite, name)
+    for name in (
+        "patterns",
+        "budgets",
+        "ablations",
+        "pooling",
+        "drift",
+        "efficiency",
+        "baselines",
+        "directions",
+        "all",
+    )
+}
+
+
+def cells_of(names: Iterable[str], suite: Suite) -> list[Cell]:
+    """The cells of these experiments, each once."""
+    return list(dict.fromkeys(cell for name in names for cell in EXPERIMENTS[name](suite)))

@@ -1,0 +1,5 @@
+"""One static HTML page with every table and figure that `results/experiments` has the cells for."""
+
+from mabert.experiments.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,59 @@
+"""What every caption has to say: the scale, the seeds, and what was held equal."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+from mabert.experiments.report.collect import Results
+
+NOT_COMPARABLE = "small-scale: not comparable with published scores"
+
+
+def counted(counts: Iterable[int], what: str) -> str:
+    """So many of them: "1 seed", "5 seeds", or "1 to 5 seeds" where they differ."""
+    low, high = min(counts := list(counts), default=0), max(counts, default=0)
+    return f"{low:,} {what}{'s' * (low != 1)}" if low == high else f"{low:,} to {high:,} {what}s"
+
+
+def at_scale(results: Results) -> str:
+    """The scale, and what has to be said of every one below base."""
+    return f"Scale {results.scale.name}" + ("" if results.scale.name == "base" else f", {NOT_COMPARABLE}")
+
+
+def seeds(results: Results, models: Sequence[str]) -> str:
+    """The scale and how many seeds stand behind each number."""
+    measured = [model for model in models if results.is_measured(model)]
+    pretraining = [len(results.pretraining_seeds(model)) for model in measured]
+    finetuning = len(results.finetuning_seeds())
+    is_spread = max(pretraining, default=0) * finetuning > 1
+    return (
+        f"{at_scale(results)}; {counted(pretraining, 'pretraining seed')}, {counted([finetuning], 'fine-tuning seed')}"
+        f"{', mean ± sample standard deviation over the runs' if is_spread else ''}."
+    )
+
+
+def matched(results: Results, models: Sequence[str]) -> str:
+    """What the models have in common, as far as the cells of their pretraining tell."""
+    found = [record for model in models for record in results.found(results.pretrainings(model))]
+    if not found:
+        return ""
+    equal = (
+        ["parameters outside the embeddings (by the width of the FFN)"] if found[0].config["match_parameters"] else []
+    )
+    unlike = []
+    tokens = sorted({int(record.at("tokens")) for record in found})
+    if len(tokens) == 1:
+        equal.append(f"{tokens[0]:,} tokens")
+    else:
+        unlike.append(f"the tokens, {tokens[0]:,} to {tokens[-1]:,}")
+    own = {"architecture", "seed"}
+    recipes = {
+        json.dumps({key: value for key, value in record.config.items() if key not in own}, sort_keys=True)
+        for record in found
+    }
+    if len(recipes) == 1:
+        equal += ["text", "tokenizer", "recipe"]
+    else:
+        unlike.append("the choices in the configs")
+    return " ".join(
+        [f"Matched: {', '.join(equal)}."] * bool(equal) + [f"Not matched: {'; '.join(unlike)}."] * bool(unlike)
+    )

@@ -1,0 +1,35 @@
+"""The comparisons at equal tokens: the baselines, and our own study of scan direction and convolution."""
+
+from collections.abc import Sequence
+
+from mabert.experiments.architectures import BASELINES, MABERTS
+from mabert.experiments.report.collect import Results
+from mabert.experiments.report.markup import Figure, Section, Table
+from mabert.experiments.report.pretraining import loss_figure, pretraining_table
+from mabert.experiments.report.scores import Models, comparison_tables, is_compared, score_table
+
+OTHERS = ("ModernBERT", "MMMMMMMMMMMM", "TTTTTTTTTTTT", "TTTTTTTTTTTT+rope")
+
+
+def baselines(results: Results) -> Section | None:
+    """MaBERT, the paper's five baselines, ModernBERT, and Mamba or attention alone."""
+    models = [(name, name) for name in ("MaBERT", *BASELINES, *OTHERS)]
+    return _section(results, "baselines", "Baselines at equal tokens", models)
+
+
+def directions(results: Results) -> Section | None:
+    """MaBERT in each scan direction with each convolution."""
+    models = [(f"{c['scan_direction']}, {c['conv_mode']}", name) for name, c in MABERTS.items()]
+    about = "Not in the paper, which never says in which direction it scans. forward, centered is MaBERT itself."
+    return _section(results, "directions", "Scan direction and convolution", models, about)
+
+
+def _section(results: Results, name: str, title: str, models: Models, about: str = "") -> Section | None:
+    if not is_compared(results, models):
+        return None
+    blocks: list[Table | Figure] = []
+    if any(results.found(results.pretrainings(model)) for _, model in models):
+        blocks += [loss_figure(results, name, models), pretraining_table(results, models)]
+    if results.scores():
+        blocks += [score_table(results, "Tasks", models, {}), *comparison_tables(results, models)]
+    return Section(name, title, blocks, about)

@@ -1,0 +1,153 @@
+"""Tables of task scores: mean ± standard deviation over seeds, beside the published ones, and paired differences."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mabert.experiments.comparison import mean_and_spread
+from mabert.experiments.report.captions import counted, matched, seeds
+from mabert.experiments.report.collect import Record, Results, Score
+from mabert.experiments.report.markup import DASH, Column, Entry, Row, Source, Table, entry
+from mabert.experiments.report.pretraining import first_length, held_out, parameters
+
+Models = Sequence[tuple[str, str]]
+"""(how it is called, the name it has in its cells) of each row."""
+Published = dict[str, dict[str, Any]]
+"""How a row is called -> title of a column -> [mean, standard deviation]."""
+
+METRICS = {"mcc": "Matthews corr.", "accuracy": "accuracy", "f1": "F1"}
+
+
+def is_compared(results: Results, models: Models) -> bool:
+    """Whether at least two of the models have results."""
+    return sum(results.is_measured(model) for _, model in models) > 1
+
+
+def score_table(
+    results: Results,
+    title: str,
+    models: Models,
+    paper: Published,
+    *,
+    about: str = "",
+    head: str = "model",
+    has_pretraining: bool = False,
+    notes: Sequence[str] = (),
+) -> Table:
+    """Every task that was run and their average, ours above the published.
+
+    Args:
+        models: the rows.
+        paper: what was published, if anything.
+        has_pretraining: also the held-out loss and the parameters.
+    """
+    scores = results.scores()
+    averaged = glue_scores(scores) or scores
+    names = [model for _, model in models]
+    columns = [_column(results, score, names) for score in scores]
+    if len(averaged) > 1:
+        columns.append(Column("average", (f"of {len(averaged)}",), "high"))
+    if has_pretraining:
+        columns.append(Column("held-out loss", ("nats", f"rows of {first_length(results)}"), "low"))
+        columns.append(Column("parameters", ("millions",)))
+    has_published = bool(paper and glue_scores(scores))
+    rows = []
+    for label, model in models:
+        entries = [entry(results.score(model, score)) for score in scores]
+        if len(averaged) > 1:
+            entries.append(entry(results.average(model, averaged)))
+        if has_pretraining:
+            entries += [entry(held_out(results, model, "loss")), entry(parameters(results, model), ".2f")]
+        rows.append(Row(label, entries, "ours" if has_published else ""))
+        if has_published:
+            rows.append(_row(label, _published(paper[label], scores), len(columns), "published"))
+    rows.append(_row("majority class", _majority(results, scores), len(columns), "baseline"))
+    wanted = [name for model in names for score in scores for name in results.finetunings(model, score.task)]
+    if has_pretraining:
+        wanted += [name for model in names for name in results.pretrainings(model)]
+    if paper and not has_published:
+        notes = [*notes, "The published scores are those of GLUE tasks, none of which was run here."]
+    caption = " ".join(filter(None, (about, seeds(results, names), matched(results, names))))
+    return Table(title, caption, columns, rows, wanted, notes, head)
+
+
+def glue_scores(scores: Iterable[Score]) -> list[Score]:
+    """Those that the paper has."""
+    return [score for score in scores if score.is_glue]
+
+
+def published_average(row: dict[str, Any], scores: Iterable[Score]) -> float:
+    """Mean of a model's published scores, of those that we have too."""
+    return mean_and_spread([row[score.title][0] for score in glue_scores(scores)])[0]
+
+
+def _row(label: str, entries: list[Entry], width: int, source: Source) -> Row:
+    return Row(label, entries + [Entry()] * (width - len(entries)), source)
+
+
+def _column(results: Results, score: Score, models: Iterable[str]) -> Column:
+    """Its metric, and what has to stand beside scores on a part of the data."""
+    records = [record for model in models for record in results.found(results.finetunings(model, score.task))]
+    subsets = dict.fromkeys(str(record.at("splits", score.split, "subset")) for record in records)
+    return Column(score.title, (METRICS[score.metric], *subsets), "high")
+
+
+def _published(row: dict[str, Any], scores: Sequence[Score]) -> list[Entry]:
+    entries = []
+    for score in scores:
+        if score.is_glue:
+            mean, deviation = row[score.title]
+            entries.append(Entry(f"{mean:.3f}", f"±{deviation:.3f}", mean))
+        else:
+            entries.append(Entry(DASH))
+    if len(glue_scores(scores)) > 1:
+        average = published_average(row, scores)
+        entries.append(Entry(f"{average:.3f}", "", average))
+    return entries
+
+
+def _majority(results: Results, scores: Iterable[Score]) -> list[Entry]:
+    """What naming the commonest class for every row scores."""
+    by_task = {task: record for (_, _, task, _), record in results.of("finetuning").items()}
+    values = [by_task[score.task].at("splits", score.split, "majority", score.metric) for score in scores]
+    return [Entry(f"{value:.3f}") for value in values]
+
+
+def comparison_tables(results: Results, models: Models) -> list[Table]:
+    """How far the models are from one another, as far as that was computed: one table or none."""
+    labels = {model: label for label, model in models}
+    pairs: dict[tuple[str, str], dict[str, Record]] = {}
+    for (pair, task), record in results.of("comparisons").items():
+        one, other = pair.split("--")
+        if one in labels and other in labels:
+            pairs.setdefault((one, other), {})[task] = record
+    if not pairs:
+        return []
+    scores = [score for score in results.scores() if any(score.task in tasks for tasks in pairs.values())]
+    found = {
+        pair: [tasks[score.task].at("splits", score.split) if score.task in tasks else None for score in scores]
+        for pair, tasks in pairs.items()
+    }
+    ordered = sorted(pairs, key=lambda pair: [list(labels).index(name) for name in pair])
+    rows = [
+        Row(f"{labels[one]} − {labels[other]}", [_difference(s) for s in found[one, other]]) for one, other in ordered
+    ]
+    splits = [split for row in found.values() for split in row if split]
+    caption = (
+        f"Difference of the mean scores and its {splits[0]['confidence']:.0%} interval, by paired bootstrap over "
+        f"{counted([split['seeds'] for split in splits], 'run')} each and the rows of the dev set; bold where the "
+        "interval excludes zero. The chance in pretraining is not in it."
+    )
+    wanted = [f"comparisons/{one}--{other}/{score.task}" for one, other in ordered for score in scores]
+    columns = [Column(score.title, (METRICS[score.metric],)) for score in scores]
+    return [Table("Paired differences", caption, columns, rows, wanted, head="pair")]
+
+
+def _difference(split: dict[str, Any] | None) -> Entry:
+    if split is None:
+        return Entry(DASH)
+    low, high = split["low"], split["high"]
+    return Entry(_signed(split["difference"]), f"[{_signed(low)}, {_signed(high)}]", is_strong=low > 0 or high < 0)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")

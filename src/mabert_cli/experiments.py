@@ -1,0 +1,197 @@
+"""`mabert experiment`, `mabert glue`, `mabert report`: the paper's tables and figures, run and shown."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from mabert_cli.console import errors, output, table
+from mabert_cli.overrides import apply_overrides
+from mabert_cli.training import Assignments, DryRun, named, settings
+
+if TYPE_CHECKING:
+    from mabert.experiments.cells import Cell, CellStore
+    from mabert.experiments.scales import Scale
+
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with text/*.train.txt*, text/*.valid.txt* and glue/<task>/; without it text is made up."),
+]
+ScaleName = Annotated[str, typer.Option("--scale", help="tiny, cpu, mini, small or base (the paper's).")]
+Results = Annotated[Path, typer.Option(help="Folder of the results, one JSON file a cell.")]
+Work = Annotated[Path, typer.Option(help="Folder of what is in between: tokenised text, checkpoints.")]
+Only = Annotated[str | None, typer.Option(help="Only cells whose name holds this, or fits it as a pattern with *.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this long; the same command goes on from there.")]
+Jobs = Annotated[
+    int | None, typer.Option(help="Processes at a time; default: one a core (4 at most), with a GPU one.", min=1)
+]
+Helper = Annotated[bool, typer.Option("--helper", hidden=True)]
+
+
+def experiment(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="patterns, budgets, ablations, pooling, drift, efficiency, baselines, directions or all; then changes "
+            "to the scale.",
+            metavar="NAME… KEY=VALUE…",
+        ),
+    ],
+    scale: ScaleName = "tiny",
+    data: Data = None,
+    results: Results = Path("results/experiments"),
+    work: Work = Path("runs/experiments"),
+    only: Only = None,
+    max_minutes: MaxMinutes = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    helper: Helper = False,
+) -> None:
+    """Run the paper's experiments at a scale. Finished cells are kept; the same command goes on where it was stopped.
+
+    Table 1 is patterns; Figure 3 with Tables B1 to B3 and 2 budgets; Table 3 ablations; Table B4 pooling; the drift
+    figures drift; Figure 5 with Tables B5 to B7 efficiency; baselines and directions are at equal tokens. Show them
+    with [bold]mabert report[/].
+
+    Example: [bold]mabert experiment patterns drift --scale tiny --max-minutes 10[/]
+    """
+    from mabert.experiments.catalogue import EXPERIMENTS, Suite, cells_of
+    from mabert.experiments.cells import CellStore
+    from mabert.experiments.finetuning import Finetuning
+    from mabert.experiments.pretraining import Pretraining
+    from mabert.experiments.sources import Sources
+
+    wanted = [name for name in names if "=" not in name]
+    for name in wanted:
+        named(EXPERIMENTS, name, "experiment")
+    chosen = resized(scale, [name for name in names if "=" in name])
+    store = CellStore(results / chosen.name, work / chosen.name)
+    sources = Sources(chosen, store.work, data)
+    suite = Suite(chosen, Pretraining(sources, store.work, errors), Finetuning(sources, store, errors))
+    cells = cells_of(wanted, suite)
+    if dry_run:
+        show(chosen, cells, store)
+        return
+    compute(cells, store, only, max_minutes, jobs, helper)
+
+
+def glue(
+    models: Annotated[list[str], typer.Argument(help="Model folders, then changes to the scale.", metavar="MODEL…")],
+    data: Annotated[Path, typer.Option(help="Folder that holds glue/<task>/ in the official layout.")],
+    scale: ScaleName = "base",
+    results: Results = Path("results/glue"),
+    work: Work = Path("runs/glue"),
+    only: Only = None,
+    max_minutes: MaxMinutes = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    helper: Helper = False,
+) -> None:
+    """Fine-tune models on the GLUE tasks with several seeds each, hyperparameters chosen on a part of train.
+
+    The scale names tasks, seeds and grid: tasks=CoLA,RTE finetuning_seeds=3 learning_rates=2e-5,5e-5 change them. Of
+    several models the first is compared with each other one, seed by seed. Finished runs are kept.
+
+    Example: [bold]mabert glue runs/tiny runs/other --data data --scale tiny tasks=CoLA,RTE[/]
+    """
+    from mabert.experiments.cells import CellStore
+    from mabert.experiments.finetuning import Finetuning
+    from mabert.experiments.glue import checkpoints_of, glue_cells, score_table
+    from mabert.experiments.sources import Sources
+
+    chosen = resized(scale, [name for name in models if "=" in name])
+    store = CellStore(results, work)
+    finetuning = Finetuning(Sources(chosen, work, data), store, errors)
+    checkpoints = checkpoints_of([Path(name) for name in models if "=" not in name])
+    cells = glue_cells(finetuning, checkpoints)
+    if dry_run:
+        show(chosen, cells, store)
+        return
+    compute(cells, store, only, max_minutes, jobs, helper)
+    if not helper:
+        output.print(score_table(finetuning, checkpoints))
+
+
+def report(
+    results: Results = Path("results/experiments"),
+    target: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Render the results of experiments as one page with tables and plots, ours beside the published ones.
+
+    Example: [bold]mabert report --output report.html[/]
+    """
+    from mabert.experiments.report import write_report
+
+    output.print(f"{escape(str(write_report(results, target)))}: open it in a browser")
+
+
+def resized(name: str, assignments: list[str]) -> "Scale":
+    """The scale of that name, with its fields changed."""
+    from mabert.experiments.scales import SCALES
+
+    return apply_overrides(named(SCALES, name, "scale")(), assignments, {"name": "is the scale's own"})
+
+
+def show(scale: "Scale", cells: list["Cell"], store: "CellStore") -> None:
+    """What would be done."""
+    output.print(settings(scale), "")
+    finished = sum(store.is_finished(cell) for cell in cells)
+    output.print(table("Cells", [(kind, count) for kind, count in kinds(cells)]), "")
+    output.print(f"{len(cells)} cells, {finished} of them finished, in {store.results}", highlight=False)
+
+
+def kinds(cells: list["Cell"]) -> Iterator[tuple[str, int]]:
+    """How many cells there are of each kind."""
+    names = [cell.name.partition("/")[0] for cell in cells]
+    for kind in dict.fromkeys(names):
+        yield kind, names.count(kind)
+
+
+def compute(
+    cells: list["Cell"],
+    store: "CellStore",
+    only: str | None,
+    max_minutes: float | None,
+    jobs: int | None,
+    helper: bool,
+) -> None:
+    """Run the cells in this process and its helpers."""
+    import torch
+
+    from mabert.experiments.cells import ExperimentStoppedError, run_cells
+    from mabert.training.callbacks import TrainingInterruptedError
+
+    cores = os.cpu_count() or 1
+    jobs = jobs or (1 if torch.accelerator.is_available() else min(cores, 4))
+    if not torch.accelerator.is_available():
+        torch.set_num_threads(max(1, cores // jobs))
+    try:
+        with helpers(0 if helper else jobs - 1, store.work, jobs):
+            run_cells(cells, store, only=only, max_minutes=max_minutes, include_alone=not helper, console=errors)
+    except (ExperimentStoppedError, TrainingInterruptedError) as stop:
+        errors.print(str(stop), soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(128 + stop.signum if stop.signum else 0) from stop
+
+
+@contextmanager
+def helpers(count: int, work: Path, jobs: int) -> Iterator[None]:
+    """The same command in further processes, which take what nobody is at; their output goes to files in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    running: list[subprocess.Popen[bytes]] = []
+    for number in range(1, count + 1):
+        with (work / f"helper-{number}.log").open("ab") as log:
+            command = [sys.executable, "-m", "mabert_cli", *sys.argv[1:], "--helper", "--jobs", str(jobs)]
+            running.append(subprocess.Popen(command, stdout=log, stderr=log))
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
