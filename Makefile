@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 COMPILED := $(wildcard CMakeLists.txt) $(shell find src -name "*.cpp" -o -name "*.h")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu bench wheel check format paper results clean
+.PHONY: help demo test test-slow gpu bench wheel check format paper results report-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,7 +31,7 @@ wheel: $(INSTALLED) ## build a wheel, install it into an environment of its own 
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-deps -c constraints.txt -w build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install -q -c constraints.txt "$$(ls build/wheel/*.whl)[train]" hypothesis pytest
+	build/wheel/venv/bin/python -m pip install -q -c constraints.txt "$$(ls build/wheel/*.whl)[experiments]" hypothesis pytest
 	cp -r tests examples scripts docs results build/wheel/
 	cd build/wheel && venv/bin/python -c "from mabert.ops import native; assert 'build/wheel/venv' in native.kernels.__file__"
 	cd build/wheel && venv/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir . tests
@@ -53,6 +53,9 @@ format: $(INSTALLED) ## let ruff format and repair what it can
 results: $(INSTALLED) ## render docs/results.md from results/
 	$(BIN)/python scripts/render_results.py
 
+report-check: $(INSTALLED) ## render the experiments' report and look at it in headless Chromium; RESULTS=<folder> names others
+	$(BIN)/python scripts/screenshot_report.py --output build/report $(if $(RESULTS),--results $(RESULTS))
+
 paper: $(INSTALLED) ## renew the list of equations and choices in docs/paper.md
 	$(BIN)/python scripts/paper_index.py
 
@@ -67,5 +70,5 @@ $(INSTALLED): pyproject.toml constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@

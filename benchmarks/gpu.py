@@ -23,23 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AlbertConfig,
-    AlbertModel,
-    BertConfig,
-    BertModel,
-    BigBirdConfig,
-    BigBirdModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    LongformerConfig,
-    LongformerModel,
-    ModernBertConfig,
-    ModernBertModel,
-    PreTrainedModel,
-)
+from transformers import AutoModel
 
-from mabert import MaBertConfig, MaBertForMaskedLM, MaBertModel
+from mabert import MaBertConfig, MaBertForMaskedLM
+from mabert.experiments.architectures import architecture
+from mabert.experiments.scales import base
 from mabert.files import atomic_write
 from mabert.ops import depthwise_conv, selective_scan
 
@@ -168,51 +156,17 @@ def mamba_ssm_cell(batch: int, length: int, backwards: bool) -> dict[str, object
     return backward_alone(run(), list(inputs.values())) if backwards else milliseconds(run)
 
 
-def base_models(length: int) -> dict[str, Callable[[], PreTrainedModel]]:
-    """Encoders of base size with random weights; a fresh one for every length."""
-    positions = {"max_position_embeddings": length}
-    eager = {"attn_implementation": "eager"}
-    return {
-        "MaBERT": lambda: MaBertModel(MaBertConfig.base(max_position_embeddings=length)),
-        "BERT": lambda: BertModel(BertConfig(**positions), add_pooling_layer=False),
-        "BERT without flash": lambda: BertModel(BertConfig(**positions), add_pooling_layer=False),
-        "ModernBERT": lambda: ModernBertModel(ModernBertConfig(**positions)),
-        "ALBERT": lambda: AlbertModel(
-            AlbertConfig(
-                embedding_size=128, hidden_size=768, num_attention_heads=12, intermediate_size=3072, **positions
-            ),
-            add_pooling_layer=False,
-        ),
-        "Longformer": lambda: LongformerModel(
-            LongformerConfig(attention_window=[512] * 12, max_position_embeddings=length + 2, pad_token_id=1),
-            add_pooling_layer=False,
-        ),
-        "BigBird": lambda: BigBirdModel(BigBirdConfig(**positions, **eager), add_pooling_layer=False),
-        "DeBERTa-v3": lambda: DebertaV2Model(
-            DebertaV2Config(
-                vocab_size=128100,
-                hidden_size=768,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                intermediate_size=3072,
-                relative_attention=True,
-                position_buckets=256,
-                norm_rel_ebd="layer_norm",
-                share_att_key=True,
-                pos_att_type=["p2c", "c2p"],
-                position_biased_input=False,
-                type_vocab_size=0,
-                **positions,
-                **eager,
-            )
-        ),
-    }
+def model_names(length: int) -> list[str]:
+    """Encoders of base size that are measured at a length."""
+    long = ["MaBERT", "BERT", "ModernBERT"]
+    return long if length > 4096 else [*long, "BERT without flash", "ALBERT", "Longformer", "BigBird", "DeBERTa"]
 
 
 def model_cell(name: str, batch: int, length: int, training: bool) -> dict[str, object]:
     """Inference, or a training step without the optimizer, in bf16 autocast; out of memory is a result."""
     torch.manual_seed(0)
-    model = base_models(length)[name]().cuda().train(training)
+    config = architecture(name.removesuffix(" without flash"), base(), longest=length)
+    model = AutoModel.from_config(config).cuda().train(training)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -300,12 +254,9 @@ def cells() -> Iterator[Cell]:
         yield Cell(name, partial(pretraining_cell, 64, 512, compiled))
     for training in (False, True):
         for batch, length in MODEL_SHAPES:
-            for model in base_models(length):
+            for model in model_names(length):
                 way = "training" if training else "inference"
-                if length <= 4096 or model in ("MaBERT", "BERT", "ModernBERT"):
-                    yield Cell(
-                        f"{way}, {model}, {batch} x {length}", partial(model_cell, model, batch, length, training)
-                    )
+                yield Cell(f"{way}, {model}, {batch} x {length}", partial(model_cell, model, batch, length, training))
 
 
 def mamba_ssm_is_there() -> bool:

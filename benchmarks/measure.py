@@ -3,17 +3,15 @@
 import os
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from mabert.experiments import stamp as stamps
+from mabert.experiments.fresh_process import peak_resident_bytes, restart_peak
 from mabert.ops import native
-from mabert.training.runs import processor_name, versions
 
 MILLI = 1e3
 
@@ -69,17 +67,9 @@ def keep_freed_memory() -> None:
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
     """Growth of the resident memory at its highest point while `run` runs (Linux). Call it in a fresh process."""
-    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
-    before = _status_bytes("VmRSS")
+    before = restart_peak()
     run()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    return peak_resident_bytes() - before
 
 
 def machine_rates() -> dict[str, float]:
@@ -109,26 +99,9 @@ def machine_rates() -> dict[str, float]:
 
 
 def stamp() -> dict[str, object]:
-    """Hardware, versions and commit that a number comes from; MABERT_COMMIT names the commit where git cannot."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
-
-    named = os.environ.get("MABERT_COMMIT", "")
+    """What a number comes from, and how busy machine and process have been before."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": named or git("rev-parse", "HEAD"),
-        "uncommitted_changes": not named and bool(git("status", "--porcelain", "--", "src", "benchmarks")),
-        "hardware": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "instruction_set": native.kernels.isa() if native.kernels else "none",
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": versions(),
+        **stamps.stamp(),
         "load_average_before": os.getloadavg()[0],
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from mabert_cli import environment, training, use
+from mabert_cli import environment, experiments, training, use
 from mabert_cli.console import errors, show_log
 
 
@@ -48,6 +48,9 @@ app.command("finetune")(training.finetune)
 app.command("predict")(use.predict)
 app.command("fill-mask")(use.fill_mask)
 app.command("encode")(use.encode)
+app.command("experiment")(experiments.experiment)
+app.command("glue")(experiments.glue)
+app.command("report")(experiments.report)
 app.command("env")(environment.env)
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from mabert_cli.console import errors, output, table
-from mabert_cli.overrides import apply_overrides
-from mabert_cli.training import Assignments, DryRun, named, settings
+from mabert_cli.overrides import OverrideError, apply_overrides
+from mabert_cli.training import DryRun, named, settings
 
 if TYPE_CHECKING:
     from mabert.experiments.cells import Cell, CellStore
@@ -68,6 +69,8 @@ def experiment(
     from mabert.experiments.sources import Sources
 
     wanted = [name for name in names if "=" not in name]
+    if not wanted:
+        raise OverrideError(f"Name one or more experiments: {', '.join(EXPERIMENTS)}.")
     for name in wanted:
         named(EXPERIMENTS, name, "experiment")
     chosen = resized(scale, [name for name in names if "=" in name])
@@ -115,7 +118,11 @@ def glue(
         return
     compute(cells, store, only, max_minutes, jobs, helper)
     if not helper:
-        output.print(score_table(finetuning, checkpoints))
+        header, *rows = score_table(finetuning, checkpoints)
+        grid = Table(*header, box=None, pad_edge=False)
+        for row in rows:
+            grid.add_row(*map(escape, row))
+        output.print(grid)
 
 
 def report(

@@ -163,6 +163,8 @@ def test_a_wider_confidence_has_a_wider_interval_and_more_rows_a_narrower_one():
         return found["high"] - found["low"]
 
     assert width(400, 0.5) < width(400, 0.95) < width(100, 0.95)
+    single = paired_comparison(gold, a, b, "accuracy", resamples=1)
+    assert single["low"] == single["high"] != single["difference"]
 
 
 def test_twenty_thousand_rows_take_seconds():

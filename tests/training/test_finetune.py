@@ -2,6 +2,7 @@ import io
 import json
 import math
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ import tiny_finetuning
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_models import write_bert, write_classifier, write_mabert
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from tiny_models import tiny_tokenizer, write_bert, write_classifier, write_mabert
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from mabert import MaBertForSequenceClassification
+from mabert.experiments.architectures import BASELINES, Vocabulary, architecture
+from mabert.experiments.scales import SCALES
 from mabert.inference.loading import ModelFolderError
 from mabert.inference.predict import predict
 from mabert.training import batches, finetune_scores
@@ -473,3 +477,35 @@ def test_the_estimate_counts_the_longest_rows_and_every_step(prepared, tmp_path)
     assert (estimate.weights, estimate.optimizer) == (4 * parameters, 8 * parameters)
     assert measured(micro_batch_size=8).activations < 0.6 * estimate.activations
     assert measured(max_length=8).activations < 0.8 * estimate.activations
+
+
+def test_rows_are_padded_to_the_greatest_length_where_asked_for(prepared, tmp_path, monkeypatch):
+    """In training and in the evaluation; pads then reach a model without padding-safe masking."""
+    lengths = {True: set(), False: set()}
+    original = MaBertForSequenceClassification.forward
+
+    def watch(self, input_ids=None, **inputs):
+        lengths[self.training].add(input_ids.shape[1])
+        return original(self, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(MaBertForSequenceClassification, "forward", watch)
+    choices = {"execution": "padded", "psm": "none", "pooling": "cls"}
+    longest = finetune(tiny_finetuning.config(prepared, tmp_path / "to-32", pad_to_max_length=True, **choices))
+    assert lengths == {True: {32}, False: {32}}
+    shortest = finetune(tiny_finetuning.config(prepared, tmp_path / "as-needed", **choices))
+    assert len(lengths[True]) > 1
+    assert losses(longest.output) != losses(shortest.output)
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "ModernBERT"])
+def test_pairs_are_fine_tuned_with_every_baseline(prepared, tmp_path, name):
+    """Some of them know no second segment."""
+    scale = replace(SCALES["tiny"](), hidden_size=16, intermediate_size=16, stage_lengths=(32,))
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForMaskedLM.from_config(architecture(name, scale, Vocabulary(len(tokenizer))))
+    model.save_pretrained(tmp_path / "mlm")
+    tokenizer.save_pretrained(tmp_path / "mlm")
+    run = tiny_finetuning.config(prepared, tmp_path / "run", model=tmp_path / "mlm", text_pair_column="second")
+    result = finetune(run)
+    assert 0 <= result.splits["dev"].metrics["accuracy"] <= 1
+    assert predict(["the cat sees"], ["a dog"], model_folder=tmp_path / "run")[0].label in ("cat", "other")

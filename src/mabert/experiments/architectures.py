@@ -48,6 +48,7 @@ def _common(scale: Scale, ffn: int, vocabulary: Vocabulary | None) -> dict[str, 
         "num_attention_heads": scale.num_attention_heads,
         "num_hidden_layers": LAYERS,
         "intermediate_size": ffn,
+        "initializer_range": scale.initializer_range,
     }
     if vocabulary:
         choices |= {
@@ -60,15 +61,14 @@ def _common(scale: Scale, ffn: int, vocabulary: Vocabulary | None) -> dict[str, 
 
 
 # The paper's dropout for everyone, whatever each library default is.
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
 def _mabert(
-    choices: dict[str, str], scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: int
+    choices: dict[str, Any], scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: int
 ) -> PreTrainedConfig:
-    if vocabulary:
-        choices = choices | {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_token_id}  # type: ignore[dict-item]
-    return mabert_config(scale, **choices | {"intermediate_size": ffn, "max_position_embeddings": longest})
+    words = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_token_id} if vocabulary else {}
+    return mabert_config(scale, **choices, **words, intermediate_size=ffn, max_position_embeddings=longest)
 
 
 def _bert(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: int) -> PreTrainedConfig:
@@ -88,7 +88,7 @@ def _longformer(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: 
     # CHOICE: below base the window is the first stage's length: it pads every row to a multiple of the window
     window = min(512, scale.stage_lengths[0]) if scale.match_parameters else 512
     common = {"vocab_size": 50_265} | _common(scale, ffn, vocabulary)
-    offset = common.get("pad_token_id", LongformerConfig().pad_token_id) + 1  # positions begin after the pad's id
+    offset = 1 + (vocabulary.pad_token_id if vocabulary else 1)  # positions begin after the pad's id
     return LongformerConfig(
         **common, **DROPOUT, attention_window=[window] * LAYERS, max_position_embeddings=longest + offset,
         type_vocab_size=1,
@@ -102,18 +102,18 @@ def _big_bird(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: in
 
 
 def _deberta(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: int) -> PreTrainedConfig:
-    return DebertaV2Config(
-        **{"vocab_size": 128_100} | _common(scale, ffn, vocabulary),
-        **DROPOUT,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        type_vocab_size=0,
-        max_position_embeddings=longest,
-    )
+    # what the published v3 has, some of it unknown to the config's own signature
+    v3: dict[str, Any] = {
+        "vocab_size": 128_100,
+        "relative_attention": True,
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    }
+    return DebertaV2Config(**v3 | _common(scale, ffn, vocabulary) | DROPOUT, max_position_embeddings=longest)
 
 
 def _modernbert(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: int) -> PreTrainedConfig:
@@ -122,6 +122,7 @@ def _modernbert(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: 
         common |= {"num_hidden_layers": 22, "intermediate_size": 1152}
     if vocabulary:
         common |= {"cls_token_id": vocabulary.cls_token_id, "sep_token_id": vocabulary.sep_token_id}
+    common |= {f"{place}_dropout": 0.1 for place in ("embedding", "attention", "mlp")}
     return ModernBertConfig(**common, max_position_embeddings=longest)
 
 

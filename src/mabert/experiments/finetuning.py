@@ -1,6 +1,5 @@
 """The cells that fine-tune and score a checkpoint: the choice of hyperparameters, the runs, and paired comparisons."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

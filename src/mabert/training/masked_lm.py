@@ -20,7 +20,8 @@ IGNORED = -100
 
 def takes_seq_idx(config: PreTrainedConfig) -> bool:
     """Whether models with this config tell apart sequences that share a row."""
-    return "seq_idx" in inspect.signature(MODEL_FOR_MASKED_LM_MAPPING[type(config)].forward).parameters
+    model: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+    return "seq_idx" in inspect.signature(model.forward).parameters
 
 
 def labelled_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

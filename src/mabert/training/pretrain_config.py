@@ -121,8 +121,8 @@ class PretrainConfig(RunConfig):
         if isinstance(self.model, Mapping):
             if given := [name for name in FROM_TOKENIZER if name in self.model]:
                 raise ValueError(f"model.{given[0]} comes from the tokenizer: leave it out.")
-            given = {"model_type": MaBertConfig.model_type} | dict(self.model)
-            self._set("model", AutoConfig.for_model(given.pop("model_type"), **given))
+            fields = {"model_type": MaBertConfig.model_type} | dict(self.model)
+            self._set("model", AutoConfig.for_model(fields.pop("model_type"), **fields))
         elif self.model is None and self.init_from is None:
             self._set("model", MaBertConfig.base())
         self._check_ranges()

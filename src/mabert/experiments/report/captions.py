@@ -19,16 +19,27 @@ def at_scale(results: Results) -> str:
     return f"Scale {results.scale.name}" + ("" if results.scale.name == "base" else f", {NOT_COMPARABLE}")
 
 
+def pretraining_seeds(results: Results, models: Sequence[str]) -> str:
+    """The scale and how many pretraining runs stand behind each number."""
+    counts = _pretraining_counts(results, models)
+    return f"{at_scale(results)}; {counted(counts, 'pretraining seed')}{_of_runs(max(counts, default=0))}."
+
+
 def seeds(results: Results, models: Sequence[str]) -> str:
-    """The scale and how many seeds stand behind each number."""
-    measured = [model for model in models if results.is_measured(model)]
-    pretraining = [len(results.pretraining_seeds(model)) for model in measured]
-    finetuning = len(results.finetuning_seeds())
-    is_spread = max(pretraining, default=0) * finetuning > 1
+    """The scale and how many runs stand behind each number."""
+    counts, finetuning = _pretraining_counts(results, models), len(results.finetuning_seeds())
     return (
-        f"{at_scale(results)}; {counted(pretraining, 'pretraining seed')}, {counted([finetuning], 'fine-tuning seed')}"
-        f"{', mean ± sample standard deviation over the runs' if is_spread else ''}."
+        f"{at_scale(results)}; {counted(counts, 'pretraining seed')}, {counted([finetuning], 'fine-tuning seed')}"
+        f"{_of_runs(max(counts, default=0) * finetuning)}."
     )
+
+
+def _pretraining_counts(results: Results, models: Sequence[str]) -> list[int]:
+    return [len(results.pretraining_seeds(model)) for model in models if results.is_measured(model)]
+
+
+def _of_runs(runs: int) -> str:
+    return ", mean ± sample standard deviation over the runs" if runs > 1 else ""
 
 
 def matched(results: Results, models: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from mabert.experiments.finetuning import main_metric
 from mabert.experiments.pretraining import at
 from mabert.experiments.scales import SCALES, Scale
 from mabert.experiments.sources import GENERATED_TASK
+
+Models = Sequence[tuple[str, str]]
+"""(how it is called, the name it has in its cells) of each row."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Score:
     split: str = "dev"
 
     @property
+    def is_glue(self) -> bool:
+        """Whether the paper has it."""
+        return self.task != GENERATED_TASK
+
+    @property
     def metric(self) -> str:
         """What it is scored by."""
         return main_metric(self.task)
@@ -86,6 +95,11 @@ SCORES = (
 """The paper's eight, and that of the generated task."""
 
 
+def model_name(architecture: str, budget: float = 1.0) -> str:
+    """The name that a model pretrained for a share of the steps has in its cells."""
+    return f"{architecture}{at(budget)}"
+
+
 @dataclass(frozen=True)
 class Results:
     """All cells of one scale."""
@@ -93,10 +107,17 @@ class Results:
     scale: Scale
     records: dict[str, Record]
 
+    @cached_property
+    def _by_kind(self) -> dict[str, dict[tuple[str, ...], Record]]:
+        kinds: dict[str, dict[tuple[str, ...], Record]] = {}
+        for name, record in self.records.items():
+            kind, *rest = name.split("/")
+            kinds.setdefault(kind, {})[tuple(rest)] = record
+        return kinds
+
     def of(self, kind: str) -> dict[tuple[str, ...], Record]:
         """The cells of one kind, by the parts of their names behind it."""
-        parts = {tuple(name.split("/")): record for name, record in self.records.items()}
-        return {name[1:]: record for name, record in parts.items() if name[0] == kind}
+        return self._by_kind.get(kind, {})
 
     def found(self, names: Iterable[str]) -> list[Record]:
         """The cells that are there."""
@@ -173,7 +194,7 @@ def read_results(folder: Path) -> list[Results]:
 
 def _read(folder: Path) -> dict[str, Record]:
     paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.json"))}
-    return {name: _record(path) for name, path in paths.items() if not path.name.startswith(".")}
+    return {name: _record(path) for name, path in paths.items()}
 
 
 def _record(path: Path) -> Record:

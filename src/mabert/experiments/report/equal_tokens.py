@@ -1,12 +1,10 @@
 """The comparisons at equal tokens: the baselines, and our own study of scan direction and convolution."""
 
-from collections.abc import Sequence
-
 from mabert.experiments.architectures import BASELINES, MABERTS
-from mabert.experiments.report.collect import Results
+from mabert.experiments.report.collect import Models, Results
 from mabert.experiments.report.markup import Figure, Section, Table
 from mabert.experiments.report.pretraining import loss_figure, pretraining_table
-from mabert.experiments.report.scores import Models, comparison_tables, is_compared, score_table
+from mabert.experiments.report.scores import comparison_tables, is_compared, score_table
 
 OTHERS = ("ModernBERT", "MMMMMMMMMMMM", "TTTTTTTTTTTT", "TTTTTTTTTTTT+rope")
 
@@ -19,8 +17,11 @@ def baselines(results: Results) -> Section | None:
 
 def directions(results: Results) -> Section | None:
     """MaBERT in each scan direction with each convolution."""
-    models = [(f"{c['scan_direction']}, {c['conv_mode']}", name) for name, c in MABERTS.items()]
-    about = "Not in the paper, which never says in which direction it scans. forward, centered is MaBERT itself."
+    models = [
+        (f"{choices['scan_direction']}, {choices['conv_mode']}{' (MaBERT)' if name == 'MaBERT' else ''}", name)
+        for name, choices in MABERTS.items()
+    ]
+    about = "A study of our own: the paper never says in which direction it scans, nor what its convolution sees."
     return _section(results, "directions", "Scan direction and convolution", models, about)
 
 

@@ -1,14 +1,14 @@
 """HTML from data: elements, tables, figures, and what stands below each."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
-from itertools import groupby
 from typing import Literal
 
 from mabert.experiments.report.collect import Measured, Record, Results
 
 DASH = "–"
+WIDE = 6  # columns; in a table with more, deviations stand below their means
 Source = Literal["", "ours", "published", "baseline"]
 
 
@@ -63,7 +63,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One line; consecutive ones with the same label share it."""
+    """One line; a published one stands below ours."""
 
     label: str
     entries: Sequence[Entry]
@@ -112,7 +112,6 @@ class Section:
     title: str
     blocks: Sequence[Table | Figure]
     about: str = ""
-    findings: Sequence[str] = field(default_factory=tuple)
 
     @property
     def wanted(self) -> list[str]:
@@ -124,13 +123,12 @@ def render_block(block: Table | Figure, results: Results) -> Html:
     """A table or figure with its caption above and its notes and origin below."""
     wanted = list(dict.fromkeys(block.wanted))
     found = results.found(wanted)
-    caption = element(
-        "figcaption", element("b", f"{block.title}. "), f"{block.caption} {len(found)} of {len(wanted)} cells."
-    )
+    count = f" {len(found)} of {len(wanted)} cells." if wanted else ""
+    caption = element("figcaption", element("b", f"{block.title}. "), block.caption + count)
     body = _table(block) if isinstance(block, Table) else _panels(block)
-    notes = [element("p", note, class_="note") for note in block.notes]
-    kind = "table" if isinstance(block, Table) else "plots"
-    return element("figure", caption, body, *notes, element("p", origin(found), class_="origin"), class_=kind)
+    notes = [element("ul", *(element("li", note) for note in block.notes), class_="notes")] if block.notes else []
+    below = [element("p", origin(found), class_="origin")] if wanted else []
+    return element("figure", caption, body, *notes, *below)
 
 
 def _panels(figure: Figure) -> Html:
@@ -139,24 +137,21 @@ def _panels(figure: Figure) -> Html:
 
 
 def _table(table: Table) -> Html:
-    has_sources = any(row.source for row in table.rows)
     heads = [element("th", table.head, scope="col", class_="label")]
-    heads += [element("th", scope="col")] * has_sources
     for column in table.columns:
-        heads.append(
-            element("th", column.title, *(element("small", note) for note in column.notes if note), scope="col")
-        )
+        notes = [element("small", note) for note in column.notes if note]
+        heads.append(element("th", column.title, *notes, scope="col"))
     best = {row.source: _best(table, row.source) for row in table.rows}
     lines = []
-    for label, group in groupby(table.rows, key=lambda row: row.label):
-        rows = list(group)
-        name = element("th", label, scope="row", class_="label", rowspan=str(len(rows)))
-        for row in rows:
-            cells = [name] if row is rows[0] else []
-            cells += [element("td", "published" if row.source == "published" else "")] * has_sources
-            cells += [_field(*pair) for pair in zip(row.entries, best[row.source], strict=True)]
-            lines.append(element("tr", *cells, class_=f"{row.source} first".strip() if row is rows[0] else row.source))
-    body = element("table", element("thead", element("tr", *heads)), element("tbody", *lines))
+    for row in table.rows:
+        label = "published" if row.source == "published" else row.label
+        name = element(
+            "th", label, scope="row", class_="label", aria_label=f"{row.label}, published" if label != row.label else ""
+        )
+        fields = [_field(*pair) for pair in zip(row.entries, best[row.source], strict=True)]
+        lines.append(element("tr", name, *fields, class_=row.source))
+    width = "wide" if len(table.columns) > WIDE else ""
+    body = element("table", element("thead", element("tr", *heads)), element("tbody", *lines), class_=width)
     return element("div", body, class_="scroll", tabindex="0")
 
 
@@ -201,6 +196,6 @@ def _commit(stamp: dict) -> str:
 def _hardware(hardware: dict) -> str:
     gpu = f"{hardware['gpu']}, " if hardware["gpu"] else ""
     return (
-        f"{gpu}{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads, "
-        f"{hardware['instruction_set']}, {hardware['memory_gib']:g} GiB"
+        f"{gpu}{hardware['processor']} (cores: {hardware['cores']}, threads: {hardware['threads']}, "
+        f"{hardware['instruction_set']}, {hardware['memory_gib']:g} GiB)"
     )

@@ -10,7 +10,6 @@ from mabert.experiments.report.collect import Results, model_name
 from mabert.experiments.report.markup import Figure, Html, Panel, Section, Table
 from mabert.experiments.report.plots import Axis, Series, plot
 from mabert.experiments.report.scores import (
-    Models,
     Published,
     comparison_tables,
     glue_scores,
@@ -39,9 +38,9 @@ MISPRINT = (
     "rows is a misprint."
 )
 ABOUT_VARIANTS = (
-    "All variants fine-tune the same pretrained checkpoint, in padded execution on rows of one length. The paper leaves "
-    "open whether its convolution is centred or causal, so both are here. With a causal one, a forward scan and pads at "
-    "the end, PSM cannot change a valid token."
+    "All variants fine-tune the same pretrained checkpoint, in padded execution on rows of one length. The paper "
+    "leaves open whether its convolution is centred or causal, so both are here. With a causal one, a forward scan and "
+    "pads at the end, PSM cannot change a valid token."
 )
 
 Point = Callable[[str, float], tuple[float, float | None] | None]
@@ -78,15 +77,15 @@ def budgets(results: Results) -> Section | None:
     tables, measured = [], []
     for budget, (title, source) in BUDGETS.items():
         models = [(name, model_name(name, budget)) for name in names]
-        if is_compared(results, models):
+        if results.scores() and is_compared(results, models):
             title = f"{title} · {budget:.0%} of the pretraining steps"
             tables.append(score_table(results, title, models, published()[source]))
             measured.append(budget)
     if not tables:
         return None
     about = (
-        "Each budget is a run of its own: its share of the steps, the same schedule of lengths, and a learning rate that "
-        "has decayed to zero at its end."
+        "Each budget is a run of its own: its share of the steps, the same schedule of lengths, and a learning rate "
+        "that has decayed to zero at its end."
     )
     return Section("budgets", "Pretraining budgets", [_budget_figure(results, names, measured), *tables], about)
 
@@ -114,7 +113,8 @@ def _variant_tables(
         models = [(row, f"{architecture}~psm={psm},pooling={pool}") for row, (psm, pool) in variants.items()]
         if is_compared(results, models):
             convolution = "causal" if architecture.endswith("-causal") else "centred"
-            about = f"{architecture}. {'; '.join(f'{row}: psm {psm}, pooling {pool}' for row, (psm, pool) in variants.items())}."
+            settings = "; ".join(f"{row}: psm {psm}, pooling {pool}" for row, (psm, pool) in variants.items())
+            about = f"{architecture}. {settings}."
             title_of_one = f"{title}, {convolution} convolution"
             tables.append(
                 score_table(results, title_of_one, models, paper, about=about, head="variant", notes=[MISPRINT])

@@ -62,7 +62,7 @@ def plot(
         bands: deviations as bands instead of bars.
         level: name and height of a horizontal line.
     """
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 9,
@@ -73,7 +73,8 @@ def plot(
         "text.color": _light("ink"),
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.7, 3.2), layout="constrained")
+        figure = Figure(figsize=(4.0, 2.8))
+        figure.subplots_adjust(left=0.165, right=0.98, bottom=0.165, top=0.96)
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
@@ -88,7 +89,7 @@ def plot(
         if level:
             axes.axhline(level[1], color=_light("quiet"), linestyle=(0, (5, 3)), linewidth=1.1)
             axes.annotate(
-                level[0], (1, level[1]), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                level[0], (1, level[1]), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
                 ha="right", fontsize=8.5, color=_light("quiet"),
             )  # fmt: skip
         if y.scale == "linear":
@@ -106,37 +107,36 @@ def _draw(axes: Axes, line: Series, bands: bool, order: int) -> None:
     if line.style.marker:
         look |= {
             "marker": line.style.marker,
+            "markevery": max(1, len(line.x) // 5),
             "markersize": 4.5,
             "markeredgecolor": _light("paper"),
             "markeredgewidth": 0.5,
         }
     deviation = [spread or 0.0 for spread in line.deviation]
-    if any(deviation) and bands:
-        low, high = zip(*((y - d, y + d) for y, d in zip(line.y, deviation, strict=True)), strict=True)
-        axes.fill_between(line.x, low, high, color=colour, alpha=0.14, linewidth=0)
-    elif any(deviation):
-        look |= {"yerr": deviation, "capsize": 2.2, "elinewidth": 0.9, "capthick": 0.9}
-    if "yerr" in look:
-        axes.errorbar(line.x, line.y, **look)
+    if any(deviation) and not bands:
+        axes.errorbar(line.x, line.y, deviation, capsize=2.2, elinewidth=0.9, capthick=0.9, **look)
     else:
         axes.plot(line.x, line.y, **look)
-    for place, x in enumerate(line.failed):
+    if any(deviation) and bands:
+        # nothing that is drawn with a band can be negative
+        low = [max(0.0, y - d) for y, d in zip(line.y, deviation, strict=True)]
+        high = [y + d for y, d in zip(line.y, deviation, strict=True)]
+        axes.fill_between(line.x, low, high, color=colour, alpha=0.14, linewidth=0)
+    for x in line.failed:
         axes.plot(
             [x], [0.97 - 0.05 * (order % 4)], "x", color=colour, markersize=6, markeredgewidth=1.6,
-            transform=axes.get_xaxis_transform(), clip_on=False, zorder=4 + place,
+            transform=axes.get_xaxis_transform(), clip_on=False, zorder=4,
         )  # fmt: skip
 
 
 def _set_axis(axes: Axes, which: Literal["x", "y"], axis: Axis) -> None:
-    set_scale, set_label, ticker = {
-        "x": (axes.set_xscale, axes.set_xlabel, axes.xaxis),
-        "y": (axes.set_yscale, axes.set_ylabel, axes.yaxis),
-    }[which]
-    set_label(axis.label)
+    ticker = axes.xaxis if which == "x" else axes.yaxis
+    ticker.set_label_text(axis.label)
     options: dict[str, Any] = {
         "log": {"base": 2 if axis.ticks else 10},
         "symlog": {"base": 2, "linthresh": axis.threshold},
     }
+    set_scale = axes.set_xscale if which == "x" else axes.set_yscale
     set_scale(axis.scale, **options.get(axis.scale, {}))
     if axis.ticks:
         ticker.set_major_locator(FixedLocator(list(axis.ticks)))
@@ -160,11 +160,10 @@ def _inline(svg: str, description: str) -> Html:
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box, "matplotlib gives every figure a viewBox"
-    body = re.sub(r' id="[A-Za-z0-9]+(?:\.[A-Za-z]+)?_\d+"', "", body)  # they would be there once a plot
+    # every plot would have these ids and this style, and the page has a font
+    body = re.sub(r' id="[A-Za-z0-9]+(?:\.[A-Za-z]+)?_\d+"', "", body)
+    body = re.sub(r"<style.*?</style>|font-family: [^;\"]*;? ?", "", body, flags=re.DOTALL)
     body = re.sub(r"\n\s*", "\n", body).replace("xlink:href", "href")
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body).replace(
-        '<style type="text/css">*{stroke-linejoin: round; stroke-linecap: butt}</style>', ""
-    )
     for name, (light, _) in PALETTE.items():
         body = body.replace(light, f"var(--{name})")
     label = element("title", description)

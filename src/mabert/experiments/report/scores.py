@@ -4,13 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mabert.experiments.comparison import mean_and_spread
-from mabert.experiments.report.captions import counted, matched, seeds
-from mabert.experiments.report.collect import Record, Results, Score
+from mabert.experiments.report.captions import at_scale, counted, matched, seeds
+from mabert.experiments.report.collect import Models, Results, Score
 from mabert.experiments.report.markup import DASH, Column, Entry, Row, Source, Table, entry
 from mabert.experiments.report.pretraining import first_length, held_out, parameters
 
-Models = Sequence[tuple[str, str]]
-"""(how it is called, the name it has in its cells) of each row."""
 Published = dict[str, dict[str, Any]]
 """How a row is called -> title of a column -> [mean, standard deviation]."""
 
@@ -113,33 +111,31 @@ def _majority(results: Results, scores: Iterable[Score]) -> list[Entry]:
 
 
 def comparison_tables(results: Results, models: Models) -> list[Table]:
-    """How far the models are from one another, as far as that was computed: one table or none."""
-    labels = {model: label for label, model in models}
-    pairs: dict[tuple[str, str], dict[str, Record]] = {}
-    for (pair, task), record in results.of("comparisons").items():
-        one, other = pair.split("--")
-        if one in labels and other in labels:
-            pairs.setdefault((one, other), {})[task] = record
-    if not pairs:
+    """How far MaBERT is from each of the others, as far as that was computed: one table or none."""
+    (ours,) = (model for _, model in models if model.partition("@")[0] == "MaBERT")
+    scores = results.scores()
+    rows, wanted = [], []
+    splits: list[dict[str, Any]] = []
+    for label, other in models:
+        if other == ours:
+            continue
+        entries = []
+        for score in scores:
+            name = f"comparisons/{ours}--{other}/{score.task}"
+            wanted.append(name)
+            found = [record.at("splits", score.split) for record in results.found([name])]
+            splits += found
+            entries.append(_difference(found[0]) if found else Entry(DASH))
+        rows.append(Row(label, entries))
+    if not splits:
         return []
-    scores = [score for score in results.scores() if any(score.task in tasks for tasks in pairs.values())]
-    found = {
-        pair: [tasks[score.task].at("splits", score.split) if score.task in tasks else None for score in scores]
-        for pair, tasks in pairs.items()
-    }
-    ordered = sorted(pairs, key=lambda pair: [list(labels).index(name) for name in pair])
-    rows = [
-        Row(f"{labels[one]} − {labels[other]}", [_difference(s) for s in found[one, other]]) for one, other in ordered
-    ]
-    splits = [split for row in found.values() for split in row if split]
     caption = (
         f"Difference of the mean scores and its {splits[0]['confidence']:.0%} interval, by paired bootstrap over "
-        f"{counted([split['seeds'] for split in splits], 'run')} each and the rows of the dev set; bold where the "
-        "interval excludes zero. The chance in pretraining is not in it."
+        f"{counted([split['seeds'] for split in splits], 'run')} of each model and the rows of the dev set; bold where "
+        f"the interval excludes zero. The chance in pretraining is not in it. {at_scale(results)}."
     )
-    wanted = [f"comparisons/{one}--{other}/{score.task}" for one, other in ordered for score in scores]
     columns = [Column(score.title, (METRICS[score.metric],)) for score in scores]
-    return [Table("Paired differences", caption, columns, rows, wanted, head="pair")]
+    return [Table("MaBERT minus each of the others", caption, columns, rows, wanted, head="other")]
 
 
 def _difference(split: dict[str, Any] | None) -> Entry:

@@ -72,7 +72,7 @@ STYLES = {
 
 MODES = {
     # what coincides stays visible: the wider lines lie below
-    "exact": Style("green", "", width=5.5),
+    "exact": Style("green", "", width=5.0),
     "pre+post": Style("sky", "", width=3.6),
     "pre": Style("amber", "s", width=1.8),
     "post": Style("rose", "v"),

@@ -1,0 +1,72 @@
+"""The GLUE runner: any model folders on the tasks of a scale, several seeds each, compared with the first of them."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from mabert.experiments.cells import Cell
+from mabert.experiments.comparison import mean_and_spread
+from mabert.experiments.finetuning import Checkpoint, Finetuning, main_metric
+from mabert.inference.loading import ModelFolderError, load_config
+
+
+def checkpoints_of(folders: Sequence[Path]) -> list[Checkpoint]:
+    """Model folders as checkpoints, named after their folders; told apart by a hash of their weights.
+
+    Raises:
+        ModelFolderError: a folder holds no model, or two of them have one name.
+    """
+    found: dict[str, Checkpoint] = {}
+    for folder in folders:
+        load_config(folder)
+        name = folder.resolve().name
+        if name in found:
+            raise ModelFolderError(f"{found[name].folder} and {folder} have one name: rename a folder, or link to it.")
+        weights = folder / SAFE_WEIGHTS_NAME
+        if not weights.is_file():
+            raise ModelFolderError(f"{folder} has no {SAFE_WEIGHTS_NAME}: save the model with save_pretrained.")
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name] = Checkpoint(name, 0, folder, {"model": name, "weights_sha256": digest})
+    return list(found.values())
+
+
+def glue_cells(finetuning: Finetuning, checkpoints: Sequence[Checkpoint]) -> list[Cell]:
+    """All runs of each model, and the first model's comparison with each other one."""
+    cells = [cell for checkpoint in checkpoints for cell in finetuning.scores([checkpoint])]
+    for other in checkpoints[1:]:
+        cells += [finetuning.comparison(checkpoints[:1], [other], task) for task in finetuning.sources.tasks]
+    return cells
+
+
+def score_table(finetuning: Finetuning, checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, ...]]:
+    """A header, then a row for each dev set: the main metric of each model, mean ± standard deviation over the seeds;
+    and the difference between the first model and each other one with its confidence interval."""
+    first = checkpoints[0].name
+    differences = [f"{first} - {other.name}" for other in checkpoints[1:]]
+    yield ("dev set", "metric", *(checkpoint.name for checkpoint in checkpoints), *differences)
+    for task in finetuning.sources.tasks:
+        runs = [[finetuning.store.read(cell) for cell in finetuning.runs([model], task)] for model in checkpoints]
+        compared = [
+            finetuning.store.read(finetuning.comparison(checkpoints[:1], [other], task)) for other in checkpoints[1:]
+        ]
+        metric = main_metric(task)
+        for split, example in runs[0][0]["splits"].items():
+            scores = [[run["splits"][split]["metrics"][metric] for run in model] for model in runs]
+            yield (
+                " ".join(filter(None, (task, split, example["subset"]))),
+                metric,
+                *(shown(values) for values in scores),
+                *(
+                    f"{result['difference']:+.3f} ({result['low']:+.3f} to {result['high']:+.3f})"
+                    for result in (comparison["splits"][split] for comparison in compared)
+                ),
+            )
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; of a single value no deviation."""
+    mean, deviation = mean_and_spread(values)
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"

@@ -1,0 +1,176 @@
+"""Cells: computed once, resumed, shared among processes, stopped in time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mabert.experiments.cells import Cell, CellStore, ExperimentStoppedError, run_cells
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CellStore(tmp_path / "results", tmp_path / "work")
+
+
+class Counter:
+    """Makes cells that write down in which order they ran."""
+
+    def __init__(self):
+        self.ran = []
+
+    def cell(self, name, result=None, config=None, **kwargs):
+        def run():
+            self.ran.append(name)
+            if (artifact := kwargs.get("artifact")) is not None:
+                artifact.parent.mkdir(parents=True, exist_ok=True)
+                artifact.write_text("made")
+            return result or {"value": 1}
+
+        return Cell(name, {} if config is None else config, run, **kwargs)
+
+
+def test_a_result_is_kept_with_all_that_it_comes_from(store):
+    cell = Counter().cell("kind/name", {"value": 2.5}, {"steps": 3, "folder": Path("x")})
+    run_cells([cell], store, console=QUIET)
+    content = json.loads((store.results / "kind" / "name.json").read_text())
+    assert content["cell"] == "kind/name"
+    assert content["config"] == {"steps": 3, "folder": "x"}
+    assert content["result"] == store.read(cell) == {"value": 2.5}
+    assert content["stamp"].keys() == {"date", "commit", "uncommitted_changes", "hardware", "versions"}
+
+
+def test_what_is_finished_is_not_computed_again(store):
+    counter = Counter()
+    run_cells([counter.cell("a"), counter.cell("b")], store, console=QUIET)
+    run_cells([counter.cell("a"), counter.cell("b"), counter.cell("c")], store, console=QUIET)
+    assert counter.ran == ["a", "b", "c"]
+
+
+def test_a_result_of_other_choices_is_refused(store):
+    counter = Counter()
+    run_cells([counter.cell("a", config={"steps": 3, "seed": 0})], store, console=QUIET)
+    with pytest.raises(ValueError, match=r"a\.json was made with other choices: steps was 3, is now 4"):
+        run_cells([counter.cell("a", config={"steps": 4, "seed": 0})], store, console=QUIET)
+
+
+def test_what_a_cell_needs_is_made_first_and_again_where_it_is_gone(store, tmp_path):
+    counter = Counter()
+    base = counter.cell("base", artifact=tmp_path / "model" / "weights")
+    first, second = (counter.cell(name, needs=(base,)) for name in ("first", "second"))
+    run_cells([first], store, console=QUIET)
+    assert counter.ran == ["base", "first"]
+    before = store.path(base).read_text()
+    (tmp_path / "model" / "weights").unlink()
+    run_cells([first], store, console=QUIET)  # nobody needs the weights
+    assert counter.ran == ["base", "first"]
+    run_cells([first, second], store, console=QUIET)
+    assert counter.ran == ["base", "first", "base", "second"]
+    assert store.path(base).read_text() == before  # the result that others saw stays
+
+
+def test_a_cell_that_fails_leaves_nothing_and_says_why(store):
+    def run():
+        raise FloatingPointError("the loss is nan")
+
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        run_cells([Cell("a", {}, run)], store, console=QUIET)
+    assert not store.path(Cell("a", {}, run)).exists()
+
+
+def test_a_number_that_is_none_is_refused(store):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run_cells([Counter().cell("a", {"loss": float("nan")})], store, console=QUIET)
+    assert not list(store.results.rglob("*.json"))
+
+
+def test_timing_comes_last_and_not_in_a_helper(store):
+    counter = Counter()
+    cells = [counter.cell("timing", alone=True), counter.cell("a"), counter.cell("b")]
+    run_cells(cells, store, include_alone=False, console=QUIET)
+    assert counter.ran == ["a", "b"]
+    run_cells(cells, store, console=QUIET)
+    assert counter.ran == ["a", "b", "timing"]
+
+
+@pytest.mark.parametrize(("only", "ran"), [("bert/", ["x/bert/1", "x/bert/2"]), ("*/1", ["x/bert/1", "y/1"])])
+def test_only_takes_a_part_of_the_name_or_a_pattern(store, only, ran):
+    counter = Counter()
+    run_cells([counter.cell(name) for name in ("x/bert/1", "x/bert/2", "y/1")], store, only=only, console=QUIET)
+    assert counter.ran == ran
+
+
+def test_an_only_that_fits_nothing_is_refused(store):
+    with pytest.raises(ValueError, match="no cell matches 'BRET'; there are x/bert"):
+        run_cells([Counter().cell("x/bert")], store, only="BRET", console=QUIET)
+
+
+def test_the_end_of_the_time_stops_within_a_cell_and_leaves_the_rest(store):
+    counter = Counter()
+    slow = Cell("slow", {}, lambda: time.sleep(30) or {})
+    handlers = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ExperimentStoppedError, match=r"the time is up.*the same command goes on") as stopped:
+        run_cells([counter.cell("a"), slow, counter.cell("b")], store, max_minutes=0.3 / 60, console=QUIET)
+    assert stopped.value.signum is None
+    assert signal.getsignal(signal.SIGTERM) is handlers
+    assert counter.ran == ["a"]
+    assert store.is_finished(counter.cell("a"))
+
+
+def test_a_signal_stops_and_is_told(store):
+    cell = Cell("a", {}, lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5) or {})
+    with pytest.raises(ExperimentStoppedError, match="SIGINT") as stopped:
+        run_cells([cell], store, console=QUIET)
+    assert stopped.value.signum == signal.SIGINT
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from mabert.experiments.cells import Cell, CellStore, run_cells
+
+folder = Path(sys.argv[1])
+
+def made(name, seconds):
+    def run():
+        with (folder / "ran.txt").open("a") as file:
+            file.write(f"{name} {sys.argv[2]}\\n")
+        time.sleep(seconds)
+        return {"by": sys.argv[2]}
+    return run
+
+base = Cell("base", {}, made("base", 0.5), artifact=folder / "ran.txt")
+cells = [Cell(f"cell-{n}", {}, made(f"cell-{n}", 0.3), needs=(base,)) for n in range(6)]
+run_cells(cells, CellStore(folder / "results", folder / "work"), console=Console(quiet=True))
+"""
+
+
+def test_two_processes_share_the_cells_and_repeat_none(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), name], stderr=subprocess.PIPE) for name in "AB"
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    lines = (tmp_path / "ran.txt").read_text().splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(["base", *(f"cell-{n}" for n in range(6))])
+    assert {line.split()[1] for line in lines} == {"A", "B"}
+
+
+def test_the_cell_of_a_killed_process_is_free_again(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), "A"])
+    while not (tmp_path / "ran.txt").exists():
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    subprocess.run([sys.executable, "-c", WORKER, str(tmp_path), "B"], check=True, timeout=60)
+    assert len(list((tmp_path / "results").glob("cell-*.json"))) == 6

@@ -1,0 +1,440 @@
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from invented_results import STAMP, everything, finetuned, pretrained, pretraining_config, put
+
+import screenshot_report
+from mabert.experiments.efficiency import efficiency_cell
+from mabert.experiments.report import write_report
+from mabert.experiments.report.collect import Record
+from mabert.experiments.report.pretraining import tokens_at
+from mabert.experiments.scales import tiny
+
+VOID = {"meta", "link"}
+
+
+class Page(HTMLParser):
+    """A page taken apart: what is in each table, and whether every element is closed."""
+
+    def __init__(self, path: Path, results: Path) -> None:
+        super().__init__()
+        self.results = results
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.figures: list[dict] = []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self._take(tag, dict(attrs))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._take(tag, dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "figure" not in self.open:
+            return
+        figure = self.figures[-1]
+        figure["text"] += data
+        if "td" in self.open or "th" in self.open:
+            figure["rows"][-1][-1] += (" " if "small" in self.open else "") + data
+            if "b" in self.open:
+                figure["bold"].append(data)
+
+    def _take(self, tag: str, attrs: dict[str, str | None]) -> None:
+        self.ids += [attrs["id"]] if attrs.get("id") else []
+        if tag == "figure":
+            self.figures.append({"text": "", "rows": [], "bold": []})
+        elif tag == "tr" and "figure" in self.open:
+            self.figures[-1]["rows"].append([])
+        elif tag in ("td", "th") and "figure" in self.open:
+            self.figures[-1]["rows"][-1].append("")
+        loads = {"a": [], "use": []}.get(tag, [attrs.get(name) for name in ("src", "href", "data", "srcset")])
+        self.loads += [value for value in loads if value]
+        self.links += [attrs["href"]] if tag == "a" and attrs.get("href") else []
+
+    def figure(self, title: str) -> dict:
+        """The only table or plot whose caption begins so."""
+        (found,) = (figure for figure in self.figures if figure["text"].startswith(title))
+        return found
+
+    def rows(self, title: str) -> dict[str, list[str]]:
+        """Its lines; a published one is named so after the model above it."""
+        rows, label = {}, ""
+        for first, *others in self.figure(title)["rows"][1:]:
+            label = f"{label}, published" if first == "published" else first
+            rows[label] = others
+        return rows
+
+
+def report(results: Path) -> Page:
+    return Page(write_report(results, results.parent / "page" / "report.html"), results)
+
+
+def tuned(folder: Path, model: str, task: str, scores: list[float], metric: str, subset: str = "", **stamp) -> None:
+    for seed, score in enumerate(scores):
+        put(folder, f"finetuning/{model}/0/{task}/{seed}", finetuned({"dev": score}, subset, metric), **stamp)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def patterns(results: Path) -> Path:
+    """Table 1 at scale tiny: two patterns, two tasks, two seeds."""
+    folder = results / "tiny"
+    for model, loss in (("MaBERT", 4.25), ("TTTTTTTTTTTT", 5.5)):
+        config = pretraining_config(tiny(), model)
+        put(folder, f"pretraining/{model}/0", pretrained(loss, config), config)
+    tuned(folder, "MaBERT", "CoLA", [0.40, 0.44], "mcc")
+    tuned(folder, "MaBERT", "RTE", [0.60, 0.52], "accuracy", "(subset, 64 rows)")
+    tuned(folder, "TTTTTTTTTTTT", "CoLA", [0.10, 0.30], "mcc")
+    tuned(folder, "TTTTTTTTTTTT", "RTE", [0.58, 0.56], "accuracy", "(subset, 64 rows)")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    results = tmp_path_factory.mktemp("invented") / "results"
+    everything(results, "tiny")
+    return report(results)
+
+
+def test_means_and_sample_deviations_over_seeds_are_shown(patterns: Path) -> None:
+    rows = report(patterns.parent).rows("Table 1")
+    # (0.40, 0.44), (0.60, 0.52): by hand; the average is taken run by run, (0.50, 0.48)
+    assert rows["MMTMMTMMTMMT"] == ["0.420 ±0.028", "0.560 ±0.057", "0.490 ±0.014", "4.224", "2.84"]
+    assert rows["TTTTTTTTTTTT"][:3] == ["0.200 ±0.141", "0.570 ±0.014", "0.385 ±0.064"]
+    assert rows["majority class"] == ["0.500", "0.500", "", "", ""]
+
+
+def test_a_single_seed_has_no_deviation(results: Path) -> None:
+    for model, score in (("MaBERT", 0.4), ("TTTTTTTTTTTT", 0.3)):
+        tuned(results / "tiny", model, "CoLA", [score], "mcc")
+    page = report(results)
+    assert page.rows("Table 1")["MMTMMTMMTMMT"][0] == "0.400"
+    assert "1 pretraining seed, 1 fine-tuning seed." in page.figure("Table 1")["text"]
+
+
+def test_published_scores_stand_below_ours_and_are_called_so(patterns: Path) -> None:
+    page = report(patterns.parent)
+    rows = page.rows("Table 1")
+    assert rows["MMTMMTMMTMMT, published"] == ["0.574 ±0.016", "0.602 ±0.030", "0.588", "", ""]
+    assert rows["TTTTTTTTTTTT, published"][:2] == ["0.428 ±0.020", "0.575 ±0.030"]
+    assert "MMMMMMMMMMMM" in rows, "a row of the scale that was not measured"
+    assert rows["MMMMMMMMMMMM"] == ["–"] * 5
+    assert "Published: after 10% of the paper's steps." in page.figure("Table 1")["text"]
+
+
+def test_the_best_of_ours_and_of_the_published_is_bold(patterns: Path) -> None:
+    bold = report(patterns.parent).figure("Table 1")["bold"]
+    assert sorted(bold) == sorted(["0.420", "0.490", "4.224", "0.570", "0.574", "0.602", "0.588"])
+
+
+def test_a_missing_cell_is_counted_and_never_averaged_over(patterns: Path) -> None:
+    (patterns / "finetuning/MaBERT/0/RTE/1.json").unlink()
+    page = report(patterns.parent)
+    row = page.rows("Table 1")["MMTMMTMMTMMT"]
+    assert row[:3] == ["0.420 ±0.028", "– 1 of 2 cells", "–"]
+    # 3 patterns with 1 pretraining and 4 fine-tuning cells; one pattern lacks all 5, MaBERT one
+    assert "9 of 15 cells." in page.figure("Table 1")["text"]
+
+
+def test_the_caption_says_scale_seeds_and_what_was_matched(patterns: Path) -> None:
+    text = report(patterns.parent).figure("Table 1")["text"]
+    assert "Scale tiny, small-scale: not comparable with published scores; 1 pretraining seed, 2 fine-tuning" in text
+    assert "Matched: parameters outside the embeddings (by the width of the FFN), 51,000,000 tokens, text" in text
+
+
+def test_what_was_not_matched_is_said(patterns: Path) -> None:
+    config = pretraining_config(tiny(), "MaBERT") | {"batch_size": 99}
+    put(patterns, "pretraining/MaBERT/0", pretrained(4.0, config) | {"tokens": 7}, config)
+    text = report(patterns.parent).figure("Table 1")["text"]
+    assert "Not matched: the tokens, 7 to 51,000,000; the choices in the configs." in text
+    assert "recipe" not in text
+
+
+def test_two_pretraining_seeds_count_with_their_runs(patterns: Path) -> None:
+    for seed, score in enumerate((0.50, 0.54)):
+        put(patterns, f"finetuning/MaBERT/1/CoLA/{seed}", finetuned({"dev": score}, metric="mcc"))
+    page = report(patterns.parent)
+    assert page.rows("Table 1")["MMTMMTMMTMMT"][0] == "0.470 ±0.062"  # of 0.40, 0.44, 0.50, 0.54
+    assert page.rows("Table 1")["MMTMMTMMTMMT"][1] == "– 2 of 4 cells"
+    assert "1 to 2 pretraining seeds" in page.figure("Table 1")["text"]
+
+
+def test_a_score_on_a_part_of_the_data_says_so(patterns: Path) -> None:
+    head = report(patterns.parent).figure("Table 1")["rows"][0]
+    assert head[1] == "CoLA Matthews corr."
+    assert head[2] == "RTE accuracy (subset, 64 rows)"
+
+
+def test_where_numbers_come_from_stands_below_them(patterns: Path) -> None:
+    tuned(patterns, "MaBERT", "CoLA", [0.40, 0.44], "mcc", date="2026-03-04", commit="f" * 40, uncommitted_changes=True)
+    text = report(patterns.parent).figure("Table 1")["text"]
+    assert "Invented CPU (cores: 2, threads: 1, avx512, 23.5 GiB) · python 3.11.7, mabert 0.1.0" in text
+    assert "commits 0123456, fffffff with uncommitted changes · 2026-01-02 to 2026-03-04." in text
+
+
+def test_without_glue_tasks_nothing_published_stands_beside(results: Path) -> None:
+    for model in ("MaBERT", "TTTTTTTTTTTT"):
+        tuned(results / "tiny", model, "acceptability", [0.7, 0.8], "accuracy")
+    page = report(results)
+    assert page.rows("Table 1")["MMTMMTMMTMMT"][0] == "0.750 ±0.071"
+    assert not any("published" in label for label in page.rows("Table 1"))
+    assert "those of GLUE tasks, none of which was run here" in page.figure("Table 1")["text"]
+
+
+def test_paired_differences_are_bold_where_the_interval_excludes_zero(patterns: Path) -> None:
+    split = {"metric": "mcc", "difference": 0.22, "low": 0.01, "high": 0.4, "confidence": 0.95, "rows": 9, "seeds": 2}
+    put(patterns, "comparisons/MaBERT--TTTTTTTTTTTT/CoLA", {"splits": {"dev": split}})
+    split = split | {"difference": -0.01, "low": -0.09, "high": 0.07}
+    put(patterns, "comparisons/MaBERT--TTTTTTTTTTTT/RTE", {"splits": {"dev": split}})
+    page = report(patterns.parent)
+    tables = [figure for figure in page.figures if figure["text"].startswith("MaBERT minus")]
+    for table in tables:
+        row = next(row for row in table["rows"] if row[0] == "TTTTTTTTTTTT")
+        assert row[1:] == ["+0.220 [+0.010, +0.400]", "−0.010 [−0.090, +0.070]"]
+        assert table["bold"] == ["+0.220"]
+        assert "95% interval, by paired bootstrap over 2 runs of each model" in table["text"]
+    assert len(tables) == 2, "among the patterns and among the baselines"
+
+
+def test_tokens_are_counted_stage_by_stage() -> None:
+    config = {"stage_lengths": [128, 512], "stage_fractions": [0.9, 0.1], "batch_size": 32}
+    record = Record(Path("cell.json"), config, {"steps": 1500}, {})
+    assert tokens_at(record, 1000) == 1000 * 128 * 32
+    assert tokens_at(record, 1500) == 1350 * 128 * 32 + 150 * 512 * 32
+
+
+def test_models_that_hardly_learnt_are_named(patterns: Path) -> None:
+    config = pretraining_config(tiny(), "TTTTTTTTTTTT")
+    put(patterns, "pretraining/TTTTTTTTTTTT/0", pretrained(6.7, config), config)
+    text = report(patterns.parent).figure("Masked language")["text"]
+    assert "Still within a tenth of the unigram entropy: TTTTTTTTTTTT." in text
+
+
+def timed(folder: Path, kind: str, model: str, length: int, result: dict) -> None:
+    cell = efficiency_cell(tiny(), "cpu", "fp32", kind, model, length)
+    put(folder, cell.name, result, cell.config)
+
+
+def time_of(milliseconds: float) -> dict:
+    return {"median_ms": milliseconds, "samples_ms": [milliseconds] * 2, "repetitions": 2, "peak_resident_bytes": 2**29}
+
+
+def test_time_and_memory_by_length_and_what_did_not_fit(results: Path) -> None:
+    for model, milliseconds in {
+        "MaBERT": 10.0,
+        "BERT": 20,
+        "ALBERT": 30,
+        "Longformer": 1234,
+        "BigBird": 5,
+        "DeBERTa": 61,
+    }.items():
+        timed(results / "tiny", "inference", model, 128, time_of(milliseconds))
+        timed(results / "tiny", "inference", model, 512, time_of(4 * milliseconds))
+    limits = {"memory_limit_bytes": 20 * 2**30, "time_limit_seconds": 130.0}
+    timed(results / "tiny", "inference", "BERT", 512, {"out_of_memory": True} | limits)
+    timed(results / "tiny", "training", "BERT", 512, {"over_time": True} | limits)
+    page = report(results)
+    assert page.rows("Table B7")["MaBERT"] == ["10.0", "40.0"]
+    assert page.rows("Table B7")["BERT"] == ["20.0", "out of memory > 20.0 GiB"]
+    assert page.rows("Table B7")["BERT, published"] == ["5.2", "5.3"]
+    assert page.rows("Table B7")["Longformer"] == ["1,234.0", "4,936.0"]
+    assert page.rows("Table B7")["ModernBERT"] == ["–", "–"]
+    assert page.rows("Table B6")["BERT"] == ["–", "over time > 130 s"]
+    assert page.rows("Table B5 · Peak memory")["MaBERT"] == ["512.0", "512.0"]
+    assert page.figure("Table B7")["bold"] == ["5.2", "5.3", "5.0", "20.0"]
+    headline = page.rows("Headline")
+    assert headline["inference"] == ["128", "270.0", "10.0", "27.00"], "512 lacks BERT"
+    assert headline["inference, published"][-1] == "2.43"
+    assert headline["training step"] == ["–"] * 4
+    assert headline["training step, published"][-1] == "2.36"
+    assert "models of scale tiny, small-scale: not comparable" in page.figure("Table B7")["text"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("pretraining", "Table 1"),
+        ("finetuning", "Table 1"),
+        ("drift", "Drift of"),
+        ("efficiency", "Figure 5"),
+        ("tuning", "Hyperparameters"),
+    ],
+)
+def test_each_kind_of_cell_can_be_the_only_one(invented: Page, results: Path, kind: str, title: str) -> None:
+    shutil.copytree(invented.results / "tiny" / kind, results / "tiny" / kind)
+    page = report(results)
+    assert any(figure["text"].startswith(title) for figure in page.figures)
+
+
+def test_a_run_that_was_stopped_anywhere_can_be_shown(invented: Page, results: Path) -> None:
+    cells = sorted(invented.results.rglob("*.json"))
+    for cell in random.Random(0).sample(cells, len(cells) // 2):
+        target = results / cell.relative_to(invented.results)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(cell)
+    page = report(results)
+    assert page.open == []
+    assert any("1 of 2 cells" in figure["text"] for figure in page.figures)
+
+
+def test_drift_is_shown_by_mode_with_its_findings(invented: Page) -> None:
+    row = invented.rows("Drift of [CLS]")["forward, centered, right"]
+    assert re.fullmatch(r"\d\.\de−2 \(\d\.\de−[12]\)", row[0])
+    assert re.fullmatch(r"\d\.\de−1[45] \(\d\.\de−1[45]\)", row[-1])
+    figure = invented.figure("Figures 3 and 4 (drift) · forward scan, centered convolution, pads on the left")
+    assert "Invented finding about left pads." in figure["text"]
+    assert "1,043 rows of CoLA dev" in figure["text"]
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Table 1",
+        "Table 2",
+        "Table B1",
+        "Figure 3",
+        "Table 3 · PSM and MAP, centred",
+        "Table 3 · PSM and MAP, causal",
+        "Table B4 · Pooling, centred",
+        "Figure 5 · Efficiency by length, cpu, bf16",
+        "Headline · Baselines over MaBERT, cpu, fp32",
+        "Table B5 · Parameters",
+        "Hyperparameters of fine-tuning",
+    ],
+)
+def test_every_experiment_has_its_tables(invented: Page, title: str) -> None:
+    assert invented.figure(title)
+
+
+def test_ablations_stand_beside_the_published_variants(invented: Page) -> None:
+    assert invented.rows("Table 3 · PSM and MAP, centred")["PSM only, published"][0] == "0.641 ±0.022"
+    assert invented.rows("Table B4 · Pooling, causal")["MaskedMean, published"][0] == "0.651 ±0.018"
+
+
+def test_the_summary_links_to_every_experiment_and_says_what_is_missing(invented: Page, patterns: Path) -> None:
+    assert "#tiny-efficiency" in invented.links
+    assert "anything at scale base" in invented.text
+    text = report(patterns.parent).text
+    assert "Drift under padding: Figures 3 and 4 (scale tiny)" in text
+    assert '<a href="#tiny-patterns">10 of 15</a>' in text
+
+
+def test_the_page_is_whole_and_needs_nothing_else(invented: Page) -> None:
+    assert invented.open == []
+    assert len(invented.ids) == len(set(invented.ids))
+    assert invented.loads == ["data:,"]
+    assert not re.search(r"<script|@import|url\((?!#)", invented.text)
+    assert {link for link in invented.links if link.startswith("#")} <= {f"#{name}" for name in invented.ids}
+    assert {link for link in invented.links if not link.startswith("#")} == {"https://arxiv.org/abs/2603.03001"}
+    references = set(re.findall(r'(?:url\(|href=")#([mp][0-9a-f]{10})', invented.text))
+    assert references
+    assert references <= set(invented.ids)
+
+
+def test_plots_take_every_colour_from_the_page(invented: Page) -> None:
+    plots = re.findall(r"<svg viewBox=.*?</svg>", invented.text, flags=re.DOTALL)
+    assert len(plots) > 30
+    for plot in plots:
+        assert not re.search(r"#[0-9a-f]{6}\b|: (?:black|white)|font-family", re.sub(r"#[mp][0-9a-f]{10}", "", plot))
+    used = set(re.findall(r"var\(--([a-z]+)\)", invented.text))
+    assert used <= set(re.findall(r"--([a-z]+):", invented.text))
+
+
+def test_the_same_results_give_the_same_page_in_another_process(invented: Page, tmp_path: Path) -> None:
+    command = (
+        "import sys; from pathlib import Path; from mabert.experiments.report import write_report;"
+        "write_report(*map(Path, sys.argv[1:]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", command, invented.results, tmp_path / "page.html"],
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        check=True,
+    )
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == invented.text
+
+
+def test_what_is_written_in_a_result_cannot_become_markup(patterns: Path) -> None:
+    hardware = STAMP["hardware"] | {"processor": "<script>alert(1)</script>"}
+    tuned(patterns, "MaBERT", "CoLA", [0.4, 0.4], "mcc", "<b>bold</b>", hardware=hardware)
+    text = report(patterns.parent).text
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "&lt;b&gt;bold" in text
+
+
+def test_base_is_not_called_small(results: Path) -> None:
+    for model in ("MaBERT@10", "TTTTTTTTTTTT@10"):
+        tuned(results / "base", model, "CoLA", [0.4, 0.5], "mcc")
+    page = report(results)
+    assert "small-scale" not in page.figure("Table 1")["text"]
+    assert "Published: after" not in page.figure("Table 1")["text"]
+
+
+def test_an_empty_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing holds no results\. `mabert experiment all --scale tiny` makes some"):
+        write_report(tmp_path / "nothing", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_folder_of_no_scale_is_refused(results: Path) -> None:
+    put(results / "huge", "pretraining/MaBERT/0", {})
+    with pytest.raises(ValueError, match=r"huge: there is no scale of that name\. There are tiny, cpu"):
+        write_report(results, results / "page.html")
+
+
+@pytest.mark.parametrize("content", ['{"cell": "x", "conf', "[]", '{"config": {}, "stamp": {}}'])
+def test_a_broken_file_is_named(patterns: Path, content: str) -> None:
+    (patterns / "finetuning/MaBERT/0/CoLA/1.json").write_text(content)
+    with pytest.raises(ValueError, match=r"finetuning/MaBERT/0/CoLA/1\.json is not the result of a cell"):
+        write_report(patterns.parent, patterns / "page.html")
+
+
+def test_a_result_without_what_is_needed_is_named(patterns: Path) -> None:
+    path = patterns / "finetuning/MaBERT/0/CoLA/1.json"
+    content = json.loads(path.read_text())
+    del content["result"]["splits"]["dev"]["metrics"]["mcc"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"CoLA/1\.json: its result has no splits > dev > metrics > mcc"):
+        write_report(patterns.parent, patterns / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "fault"),
+    [
+        ("Runtime.exceptionThrown", {"exceptionDetails": {"text": "Uncaught E"}}, "exception: Uncaught E"),
+        ("Runtime.consoleAPICalled", {"type": "error", "args": [{"value": "planted"}]}, "console: planted"),
+        ("Runtime.consoleAPICalled", {"type": "log", "args": []}, None),
+        ("Log.entryAdded", {"entry": {"level": "error", "text": "bad", "url": "file:///x"}}, "console: bad file:///x"),
+        ("Network.loadingFailed", {"errorText": "net::ERR"}, "not loaded: net::ERR"),
+        (
+            "Network.requestWillBeSent",
+            {"request": {"url": "https://a.example/font"}},
+            "asks for https://a.example/font",
+        ),
+        ("Network.requestWillBeSent", {"request": {"url": "file:///page.html"}}, None),
+    ],
+)
+def test_what_the_browser_reports_is_a_fault_or_not(method: str, params: dict, fault: str | None) -> None:
+    assert screenshot_report.fault_of({"method": method, "params": params}, "file:///page.html") == fault

@@ -1,0 +1,173 @@
+"""The cells that train: what they keep, what they share, and that dev chooses nothing."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_experiments import QUIET, SECONDS, suite, write_data
+
+from mabert.data.corpus import CorpusError
+from mabert.experiments.cells import run_cells
+from mabert.experiments.sources import Sources
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """MaBERT and BERT pretrained, tuned, scored and compared on real-looking data."""
+    folder = tmp_path_factory.mktemp("cells")
+    data = write_data(folder / "data")
+    ours = suite(folder, data=data)
+    mabert, bert = ours.pretraining.checkpoints("MaBERT"), ours.pretraining.checkpoints("BERT")
+    cells = [
+        *ours.finetuning.scores(mabert),
+        *ours.finetuning.scores(mabert, {"psm": "none", "pooling": "cls"}),
+        ours.finetuning.comparison(mabert, bert, "RTE"),
+    ]
+    run_cells(cells, ours.finetuning.store, console=QUIET)
+    return ours, cells, folder
+
+
+def content(made, name):
+    return json.loads((made[2] / "results" / f"{name}.json").read_text())
+
+
+def test_a_pretraining_keeps_its_curve_and_its_size(made):
+    result = content(made, "pretraining/MaBERT/0")["result"]
+    assert [point["step"] for point in result["evaluations"] if point["length"] == 16] == [1, 2, 3, 4]
+    assert [held["length"] for held in result["held_out"]] == [16, 32]
+    assert result["tokens"] == 4 * (2 * 16 + 2 * 32)
+    assert result["encoder_parameters"] < result["parameters"]
+    assert result["model"]["pattern"] == "MMTMMTMMTMMT"
+
+
+def test_all_architectures_read_the_same_rows(made):
+    ours, theirs = (content(made, f"pretraining/{name}/0") for name in ("MaBERT", "BERT"))
+    assert {key: value for key, value in ours["config"].items() if key != "architecture"} == {
+        key: value for key, value in theirs["config"].items() if key != "architecture"
+    }
+    assert ours["result"]["tokens"] == theirs["result"]["tokens"]
+    for one, other in zip(ours["result"]["held_out"], theirs["result"]["held_out"], strict=True):
+        assert one["labels"] == other["labels"]
+        assert one["unigram_entropy"] == other["unigram_entropy"]
+
+
+def test_the_grid_is_written_down_and_the_best_of_it_taken(made):
+    tuning = content(made, "tuning/MaBERT/0/RTE")
+    assert [point["learning_rate"] for point in tuning["config"]["grid"]] == [1e-3, 1e-2]
+    tried = tuning["result"]["tried"]
+    assert len(tried) == 2
+    best = max(tried, key=lambda point: point["metrics"]["accuracy"])
+    assert tuning["result"]["choice"] == {name: best[name] for name in ("learning_rate", "batch_size", "epochs")}
+    assert content(made, "finetuning/MaBERT/0/RTE/1")["result"]["choice"] == tuning["result"]["choice"]
+
+
+def test_the_dev_set_chooses_nothing(tmp_path):
+    data = write_data(tmp_path / "data")
+    ours = suite(tmp_path, data=data)
+    (checkpoint,) = ours.pretraining.checkpoints("MaBERT")
+    (data / "glue" / "RTE" / "dev.tsv").write_text("unreadable")
+    run_cells([ours.finetuning.tuning(checkpoint, "RTE")], ours.finetuning.store, console=QUIET)
+
+
+def test_a_run_keeps_its_scores_and_predictions(made):
+    ours = made[0]
+    for seed in (0, 1):
+        result = content(made, f"finetuning/MaBERT/0/RTE/{seed}")["result"]
+        dev = result["splits"]["dev"]
+        predicted = np.array([int(digit) for digit in result["predictions"]["dev"]])
+        gold = np.array(ours.finetuning.sources.gold("RTE")["dev"])
+        assert dev["metrics"]["accuracy"] == pytest.approx((predicted == gold).mean())
+        assert dev["rows"] == len(gold)
+        assert "subset, 24 rows" in dev["subset"]
+
+
+def test_no_fine_tuned_model_is_left(made):
+    assert not list((made[2] / "work" / "finetuning").rglob("*.safetensors"))
+    assert list((made[2] / "work" / "pretraining").rglob("*.safetensors"))
+
+
+def test_variants_share_one_checkpoint_and_are_padded_to_one_length(made, monkeypatch):
+    ours, _, _ = made
+    plain, variant = (content(made, f"finetuning/MaBERT{suffix}/0/RTE/0") for suffix in ("", "~psm=none,pooling=cls"))
+    assert plain["config"]["checkpoint"] == variant["config"]["checkpoint"]
+    assert variant["config"]["variant"] == {"psm": "none", "pooling": "cls"}
+
+    seen = []
+    from mabert.experiments import finetuning
+
+    def finetune(config, **kwargs):
+        seen.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(finetuning, "finetune", finetune)
+    (checkpoint,) = ours.pretraining.checkpoints("MaBERT")
+    cell = ours.finetuning.run(checkpoint, "RTE", 0, {"psm": "post", "pooling": "mean"})
+    with pytest.raises(InterruptedError):
+        cell.run()
+    (config,) = seen
+    assert (config.psm, config.pooling, config.execution) == ("post", "mean", "padded")
+    assert config.pad_to_max_length
+
+
+def test_a_comparison_is_that_of_the_kept_predictions(made):
+    result = content(made, "comparisons/MaBERT--BERT/RTE")["result"]["splits"]["dev"]
+    means = [
+        np.mean(
+            [
+                content(made, f"finetuning/{name}/0/RTE/{seed}")["result"]["splits"]["dev"]["metrics"]["accuracy"]
+                for seed in (0, 1)
+            ]
+        )
+        for name in ("MaBERT", "BERT")
+    ]
+    assert result["difference"] == pytest.approx(means[0] - means[1])
+    assert result["low"] <= result["difference"] <= result["high"]
+    assert result["seeds"] == 2
+
+
+def test_nothing_finished_is_repeated(made, monkeypatch):
+    ours, cells, _ = made
+    from mabert.experiments import finetuning, pretraining
+
+    def never(*args, **kwargs):
+        raise AssertionError("repeated")
+
+    monkeypatch.setattr(finetuning, "finetune", never)
+    monkeypatch.setattr(pretraining, "pretrain", never)
+    run_cells(cells, ours.finetuning.store, console=QUIET)
+
+
+def test_a_budget_and_a_seed_are_cells_of_their_own(tmp_path):
+    ours = suite(tmp_path, replace(SECONDS, pretraining_seeds=2))
+    names = [checkpoint.needs[0].name for checkpoint in ours.pretraining.checkpoints("BERT", 0.5)]
+    assert names == ["pretraining/BERT@50/0", "pretraining/BERT@50/1"]
+    run_cells([ours.pretraining.cell("BERT", 0.5)], ours.finetuning.store, console=QUIET)
+    content = json.loads((tmp_path / "results" / "pretraining" / "BERT@50" / "0.json").read_text())
+    assert content["result"]["steps"] == 2
+
+
+def test_other_text_is_prepared_apart(tmp_path):
+    data = write_data(tmp_path / "data")
+    folders = {
+        Sources(SECONDS, tmp_path).folder,
+        Sources(SECONDS, tmp_path, data).folder,
+        Sources(replace(SECONDS, text_lines=100), tmp_path, data).folder,
+    }
+    assert len(folders) == 3
+
+
+def test_the_text_is_cut_at_the_scales_lines(tmp_path):
+    data = write_data(tmp_path / "data")
+    sources = Sources(replace(SECONDS, text_lines=50), tmp_path / "work", data)
+    sources.cell().run()
+    (train,) = sources.texts("train")
+    with open(train) as file:  # noqa: PTH123
+        assert len(file.readlines()) == 50
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "some.train.txt").write_text("A line.\n")
+    with pytest.raises(CorpusError, match=r"text holds no \*\.valid\.txt.*or leave it out to generate text"):
+        Sources(SECONDS, tmp_path / "work", tmp_path).cell()
