@@ -74,7 +74,7 @@ def plot(
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.0, 2.8))
-        figure.subplots_adjust(left=0.165, right=0.98, bottom=0.165, top=0.96)
+        figure.subplots_adjust(left=0.185, right=0.98, bottom=0.165, top=0.96)
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
@@ -94,8 +94,11 @@ def plot(
             )  # fmt: skip
         if y.scale == "linear":
             axes.margins(y=0.08)
+        if x.ticks:
+            low, high = axes.get_xlim()
+            axes.set_xlim(min(low, *x.ticks), max(high, *x.ticks))
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(file, format="svg")
     return _inline(file.getvalue(), description)
 
 

@@ -73,7 +73,7 @@ def _remarks(results: Results, models: Models) -> list[str]:
     def has_hardly_learnt(model: str) -> bool:
         losses = held_out(results, model, "loss")
         entropy = held_out(results, model, "unigram_entropy")
-        return bool(losses.values) and min(losses.values) > 2 * min(entropy.values)
+        return bool(losses.values) and min(losses.values) > HARDLY_LEARNT * min(entropy.values)
 
     if stuck := [label for label, model in models if has_hardly_learnt(model)]:
         remarks.append(
