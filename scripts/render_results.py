@@ -1,4 +1,4 @@
-"""Write docs/results.md from the files in results/: no number there is typed by hand.
+"""Write docs/results.md and docs/report.html from the files in results/: no number there is typed by hand.
 
 python scripts/render_results.py [--check]
 """
@@ -11,10 +11,14 @@ from pathlib import Path
 import render_kernels
 import render_pretraining
 import render_triton_code
+from mabert.experiments.report.collect import read_results
+from mabert.experiments.report.page import render as render_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 RUNS = ROOT / "results" / "runs"
+EXPERIMENTS = ROOT / "results" / "experiments"
+REPORT = ROOT / "docs" / "report.html"
 
 
 def pretraining_rows(run: dict) -> list[str]:
@@ -81,16 +85,22 @@ def render() -> str:
     return "\n".join(part for part in parts if part)
 
 
+def pages() -> dict[Path, str]:
+    """Every page that is rendered, with its text."""
+    return {PAGE: render(), REPORT: render_report(read_results(EXPERIMENTS))}
+
+
 def main() -> int:
-    """Write the page, or check that it is what the files say."""
+    """Write the pages, or check that they are what the files say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     if parser.parse_args().check:
-        if PAGE.read_text(encoding="utf-8") != render():
-            print("docs/results.md is out of date: run `make results`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(render(), encoding="utf-8")
+        stale = [page.name for page, text in pages().items() if page.read_text(encoding="utf-8") != text]
+        if stale:
+            print(f"docs/{', docs/'.join(stale)}: out of date, run `make results`", file=sys.stderr)
+        return 1 if stale else 0
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")
     for part in (render_kernels, render_pretraining):
         if part.MEASURED.exists():
             part.plot()

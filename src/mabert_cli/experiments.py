@@ -56,9 +56,8 @@ def experiment(
 ) -> None:
     """Run the paper's experiments at a scale. Finished cells are kept; the same command goes on where it was stopped.
 
-    Table 1 is patterns; Figure 3 with Tables B1 to B3 and 2 budgets; Table 3 ablations; Table B4 pooling; the drift
-    figures drift; Figure 5 with Tables B5 to B7 efficiency; baselines and directions are at equal tokens. Show them
-    with [bold]mabert report[/].
+    Table 1 is patterns, Table 2 and Figure 3 budgets, Table 3 ablations, B4 pooling, Figure 5 efficiency.
+    [bold]mabert report[/] shows what was found.
 
     Example: [bold]mabert experiment patterns drift --scale tiny --max-minutes 10[/]
     """
