@@ -26,6 +26,12 @@ class Record:
     result: dict[str, Any]
     stamp: dict[str, Any]
 
+    @property
+    def hardware(self) -> dict[str, Any]:
+        """What it was computed on; a process of its own had its own number of threads."""
+        threads = {"threads": self.result["threads"]} if "threads" in self.result else {}
+        return self.stamp["hardware"] | threads
+
     def at(self, *keys: str) -> Any:
         """What stands in the result under these keys, one inside the other.
 

@@ -180,7 +180,7 @@ def origin(records: Sequence[Record]) -> str:
     dates = sorted({stamp["date"] for stamp in stamps})
     commits = dict.fromkeys(_commit(stamp) for stamp in sorted(stamps, key=lambda stamp: stamp["date"]))
     parts = (
-        "; also ".join(dict.fromkeys(_hardware(stamp["hardware"]) for stamp in stamps)),
+        "; also ".join(dict.fromkeys(_hardware(record.hardware) for record in records)),
         "; also ".join(dict.fromkeys(", ".join(f"{k} {v}" for k, v in stamp["versions"].items()) for stamp in stamps)),
         f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
         " to ".join(dict.fromkeys((dates[0], dates[-1]))),

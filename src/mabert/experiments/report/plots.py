@@ -89,8 +89,8 @@ def plot(
         if level:
             axes.axhline(level[1], color=_light("quiet"), linestyle=(0, (5, 3)), linewidth=1.1)
             axes.annotate(
-                level[0], (1, level[1]), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
-                ha="right", fontsize=8.5, color=_light("quiet"),
+                level[0], (0, level[1]), xycoords=("axes fraction", "data"), xytext=(4, -4), textcoords="offset points",
+                ha="left", va="top", fontsize=8.5, color=_light("quiet"),
             )  # fmt: skip
         if y.scale == "linear":
             axes.margins(y=0.08)
