@@ -147,6 +147,18 @@ def test_a_budget_and_a_seed_are_cells_of_their_own(tmp_path):
     assert content["result"]["steps"] == 2
 
 
+def test_scores_on_other_data_are_refused(tmp_path):
+    data = write_data(tmp_path / "data")
+    ours = suite(tmp_path, replace(SECONDS, learning_rates=(1e-3,), finetuning_seeds=1), data)
+    cells = list(ours.finetuning.scores(ours.pretraining.checkpoints("MaBERT")))
+    run_cells(cells, ours.finetuning.store, console=QUIET)
+    with (data / "glue" / "RTE" / "dev.tsv").open("a") as file:
+        file.write("24\tthe cat\ta dog\tentailment\n")
+    again = list(ours.finetuning.scores(ours.pretraining.checkpoints("MaBERT")))
+    with pytest.raises(ValueError, match="was made with other choices: data was"):
+        run_cells(again, ours.finetuning.store, console=QUIET)
+
+
 def test_other_text_is_prepared_apart(tmp_path):
     data = write_data(tmp_path / "data")
     folders = {

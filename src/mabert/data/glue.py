@@ -91,16 +91,22 @@ def glue_task(name: str) -> GlueTask:
     return by_lower[name.lower()]
 
 
-def load_glue(folder: str | Path, task: str | GlueTask, *, splits: Collection[str] | None = None) -> dict[str, Table]:
-    """Return {"train": Table, "dev": Table} of ``folder/<task>/*.tsv``; MNLI has "dev_matched" and "dev_mismatched".
+def glue_files(folder: str | Path, task: str | GlueTask, *, splits: Collection[str] | None = None) -> dict[str, Path]:
+    """Return {"train": Path, "dev": Path} of ``folder/<task>/*.tsv``, or those of ``splits`` only.
 
-    With ``splits`` only those are read. Raises TableError for a file that is missing, with the list of those expected.
+    Raises TableError for a file that is missing, with the list of those expected.
     """
     task = glue_task(task) if isinstance(task, str) else task
     paths = {split: Path(folder, task.name, f"{split}.tsv") for split in task.rows if splits is None or split in splits}
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
         expected = ", ".join(f"{task.name}/{split}.tsv" for split in task.rows)
         raise TableError(f"{', '.join(missing)} not found; {task.name} in the official GLUE layout is {expected}")
+    return paths
+
+
+def load_glue(folder: str | Path, task: str | GlueTask, *, splits: Collection[str] | None = None) -> dict[str, Table]:
+    """Return {"train": Table, "dev": Table} of `glue_files`; MNLI has "dev_matched" and "dev_mismatched"."""
+    task = glue_task(task) if isinstance(task, str) else task
     return {
         split: read_table(
             path,
@@ -110,7 +116,7 @@ def load_glue(folder: str | Path, task: str | GlueTask, *, splits: Collection[st
             columns=task.columns,
             skip_incomplete=task.skip_incomplete,
         )
-        for split, path in paths.items()
+        for split, path in glue_files(folder, task, splits=splits).items()
     }
 
 

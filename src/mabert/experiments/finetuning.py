@@ -100,6 +100,7 @@ class Finetuning:
         return {
             "checkpoint": checkpoint.config,
             "task": task,
+            "data": self.sources.task_identity(task),
             "max_train_rows": scale.max_train_rows,
             "max_length": scale.max_length,
             "bf16": scale.bf16,

@@ -11,7 +11,7 @@ from typing import Any
 from mabert.data import generated
 from mabert.data.corpus import SUFFIXES, CorpusError, iter_documents
 from mabert.data.formats import read_lines
-from mabert.data.glue import load_glue
+from mabert.data.glue import glue_files, load_glue
 from mabert.data.shards import MANIFEST, prepare_shards
 from mabert.data.tables import read_table
 from mabert.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
@@ -101,6 +101,13 @@ class Sources:
             return {"task": task, "glue": self.data / "glue"}
         tables = self._tables()
         return {"train": tables / "train.tsv", "dev": tables / "dev.tsv", "text_column": "sentence"}
+
+    def task_identity(self, task: str) -> str | dict[str, int]:
+        """What a task's data are, for a cell's config: file names with their sizes."""
+        if task == GENERATED_TASK:
+            return GENERATED
+        assert self.data is not None
+        return {path.name: path.stat().st_size for path in glue_files(self.data / "glue", task).values()}
 
     def gold(self, task: str) -> dict[str, list[int]]:
         """The classes of every row of a task's dev sets."""
