@@ -46,8 +46,8 @@ def experiment(
     ],
     scale: ScaleName = "tiny",
     data: Data = None,
-    results: Results = Path("results/experiments"),
-    work: Work = Path("runs/experiments"),
+    results: Results = Path("runs/results"),
+    work: Work = Path("runs/work"),
     only: Only = None,
     max_minutes: MaxMinutes = None,
     jobs: Jobs = None,
@@ -87,8 +87,8 @@ def glue(
     models: Annotated[list[str], typer.Argument(help="Model folders, then changes to the scale.", metavar="MODEL…")],
     data: Annotated[Path, typer.Option(help="Folder that holds glue/<task>/ in the official layout.")],
     scale: ScaleName = "base",
-    results: Results = Path("results/glue"),
-    work: Work = Path("runs/glue"),
+    results: Results = Path("runs/glue/results"),
+    work: Work = Path("runs/glue/work"),
     only: Only = None,
     max_minutes: MaxMinutes = None,
     jobs: Jobs = None,
@@ -125,7 +125,7 @@ def glue(
 
 
 def report(
-    results: Results = Path("results/experiments"),
+    results: Results = Path("runs/results"),
     target: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
 ) -> None:
     """Render the results of experiments as one page with tables and plots, ours beside the published ones.

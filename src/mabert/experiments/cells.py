@@ -22,6 +22,7 @@ from rich.console import Console
 
 from mabert.experiments.stamp import stamp
 from mabert.files import atomic_write, lock
+from mabert.training.callbacks import TrainingInterruptedError
 
 WAIT_SECONDS = 2.0
 
@@ -228,8 +229,8 @@ def _stopping(max_minutes: float | None) -> Iterator[None]:
         timer.start()
     try:
         yield
-    except RuntimeError as error:
-        if is_up.is_set() and not isinstance(error, ExperimentStoppedError):  # a training that has saved itself
+    except TrainingInterruptedError as error:
+        if is_up.is_set():
             raise ExperimentStoppedError("the time is up") from error
         raise
     finally:

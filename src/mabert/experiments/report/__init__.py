@@ -1,4 +1,4 @@
-"""One static HTML page with every table and figure that `results/experiments` has the cells for."""
+"""One static HTML page with every table and figure that a results folder has the cells for."""
 
 from mabert.experiments.report.page import write_report
 
