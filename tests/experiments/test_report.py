@@ -149,6 +149,12 @@ def test_the_best_of_ours_and_of_the_published_is_bold(patterns: Path) -> None:
     assert sorted(bold) == sorted(["0.420", "0.490", "4.224", "0.570", "0.574", "0.602", "0.588"])
 
 
+def test_where_all_are_the_same_none_is_best(results: Path) -> None:
+    for model in ("MaBERT", "TTTTTTTTTTTT"):
+        tuned(results / "tiny", model, "CoLA", [0.0, 0.0], "mcc")
+    assert "0.000" not in report(results).figure("Table 1")["bold"]
+
+
 def test_a_missing_cell_is_counted_and_never_averaged_over(patterns: Path) -> None:
     (patterns / "finetuning/MaBERT/0/RTE/1.json").unlink()
     page = report(patterns.parent)

@@ -162,13 +162,13 @@ def _field(entry: Entry, best: str | None) -> Html:
 
 
 def _best(table: Table, source: Source) -> list[str | None]:
-    """The text of each column's best value among at least two of one source."""
+    """The text of each column's best value of one source, where they are not all the same."""
     texts: list[str | None] = []
     for place, column in enumerate(table.columns):
         entries = [row.entries[place] for row in table.rows if row.source == source and source != "baseline"]
         rivals = [(entry.value, entry.text) for entry in entries if entry.value is not None]
         choose = {"high": max, "low": min}.get(column.best)
-        texts.append(choose(rivals)[1] if choose and len(rivals) > 1 else None)
+        texts.append(choose(rivals)[1] if choose and len({text for _, text in rivals}) > 1 else None)
     return texts
 
 
