@@ -138,14 +138,17 @@ from pathlib import Path
 from rich.console import Console
 from mabert.experiments.cells import Cell, CellStore, run_cells
 
-folder = Path(sys.argv[1])
+folder, name, others = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+(folder / name).touch()
+while not all((folder / other).exists() for other in others):
+    time.sleep(0.02)
 
-def made(name, seconds):
+def made(cell, seconds):
     def run():
         with (folder / "ran.txt").open("a") as file:
-            file.write(f"{name} {sys.argv[2]}\\n")
+            file.write(f"{cell} {name}\\n")
         time.sleep(seconds)
-        return {"by": sys.argv[2]}
+        return {"by": name}
     return run
 
 base = Cell("base", {}, made("base", 0.5), artifact=folder / "ran.txt")
@@ -156,7 +159,8 @@ run_cells(cells, CellStore(folder / "results", folder / "work"), console=Console
 
 def test_two_processes_share_the_cells_and_repeat_none(tmp_path):
     processes = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), name], stderr=subprocess.PIPE) for name in "AB"
+        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), name, *"AB"], stderr=subprocess.PIPE)
+        for name in "AB"
     ]
     for process in processes:
         _, said = process.communicate(timeout=120)

@@ -59,12 +59,12 @@ def test_each_baseline_is_pretrained_and_left_in_a_folder(prepared, tmp_path, na
         output=str(tmp_path / "run"),
         model=model_config(name),
         packing="full-sentences",
-        steps=40,
-        learning_rate=1e-2 if name != "Longformer" else 3e-3,
+        steps=15,
+        learning_rate=1e-2,
     )
     result = pretrain(run)
     first, *_, last = losses(tmp_path / "run")
-    assert last < first - 0.5
+    assert last < first - 0.3
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
     assert model.config.model_type == model_config(name).model_type
     assert result.parameters == model.num_parameters()
