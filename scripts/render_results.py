@@ -74,7 +74,10 @@ def section(run: dict) -> str:
 def render() -> str:
     """The whole page."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
-    head = "# Results\n\nRendered from `results/` by `scripts/render_results.py`. All of it is small-scale so far.\n"
+    head = (
+        "# Results\n\nRendered from `results/` by `scripts/render_results.py`. All of it is small-scale so far. The "
+        "paper's experiments have a page of their own, [report.html](report.html).\n"
+    )
     parts = [
         head,
         *(section(run) for run in runs),
