@@ -116,7 +116,7 @@ def glue(
         show(chosen, cells, store)
         return
     compute(cells, store, only, max_minutes, jobs, helper)
-    if not helper:
+    if not helper and all(map(store.is_finished, cells)):
         header, *rows = score_table(finetuning, checkpoints)
         grid = Table(*header, box=None, pad_edge=False)
         for row in rows:
@@ -170,7 +170,7 @@ def compute(
     """Run the cells in this process and its helpers."""
     import torch
 
-    from mabert.experiments.cells import ExperimentStoppedError, run_cells
+    from mabert.experiments.cells import CellsFailedError, ExperimentStoppedError, run_cells
     from mabert.training.callbacks import TrainingInterruptedError
 
     cores = os.cpu_count() or 1
@@ -179,7 +179,11 @@ def compute(
         torch.set_num_threads(max(1, cores // jobs))
     try:
         with helpers(0 if helper else jobs - 1, store.work, jobs):
-            run_cells(cells, store, only=only, max_minutes=max_minutes, include_alone=not helper, console=errors)
+            minutes = None if helper else max_minutes  # the first process ends its helpers
+            run_cells(cells, store, only=only, max_minutes=minutes, include_alone=not helper, console=errors)
+    except CellsFailedError as failure:
+        errors.print(f"[bold red]Error:[/] [red]{escape(str(failure))}[/]", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from failure
     except (ExperimentStoppedError, TrainingInterruptedError) as stop:
         errors.print(str(stop), soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(128 + stop.signum if stop.signum else 0) from stop
@@ -193,7 +197,8 @@ def helpers(count: int, work: Path, jobs: int) -> Iterator[None]:
     for number in range(1, count + 1):
         with (work / f"helper-{number}.log").open("ab") as log:
             command = [sys.executable, "-m", "mabert_cli", *sys.argv[1:], "--helper", "--jobs", str(jobs)]
-            running.append(subprocess.Popen(command, stdout=log, stderr=log))
+            # a session of its own: Ctrl-C reaches a helper once, through this process
+            running.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
     try:
         yield
     finally:

@@ -76,7 +76,7 @@ def test_a_dry_run_shows_the_scale_and_counts_the_cells(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "hidden_size 16" in plain(shown.output)
     for kind in ("pretraining", "tuning", "finetuning", "comparisons", "drift", "efficiency"):
-        assert kind in shown.output or kind == "tuning"
+        assert kind in shown.output
     assert "0 of them finished" in plain(shown.output)
     assert not (tmp_path / "work").exists()
 

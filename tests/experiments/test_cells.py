@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mabert.experiments.cells import Cell, CellStore, ExperimentStoppedError, run_cells
+from mabert.experiments.cells import Cell, CellsFailedError, CellStore, ExperimentStoppedError, run_cells
 
 QUIET = Console(quiet=True)
 
@@ -81,13 +81,16 @@ def test_a_cell_that_fails_leaves_nothing_and_says_why(store):
     def run():
         raise FloatingPointError("the loss is nan")
 
-    with pytest.raises(FloatingPointError, match="the loss is nan"):
-        run_cells([Cell("a", {}, run)], store, console=QUIET)
-    assert not store.path(Cell("a", {}, run)).exists()
+    counter, bad = Counter(), Cell("a", {}, run)
+    cells = [bad, counter.cell("needs a", needs=(bad,)), counter.cell("b")]
+    with pytest.raises(CellsFailedError, match=r"1 cells failed, .* a: FloatingPointError: the loss is nan"):
+        run_cells(cells, store, console=QUIET)
+    assert not store.path(bad).exists()
+    assert counter.ran == ["b"]  # what does not need it is computed all the same
 
 
 def test_a_number_that_is_none_is_refused(store):
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(CellsFailedError, match="not JSON compliant"):
         run_cells([Counter().cell("a", {"loss": float("nan")})], store, console=QUIET)
     assert not list(store.results.rglob("*.json"))
 
@@ -101,10 +104,24 @@ def test_timing_comes_last_and_not_in_a_helper(store):
     assert counter.ran == ["a", "b", "timing"]
 
 
-@pytest.mark.parametrize(("only", "ran"), [("bert/", ["x/bert/1", "x/bert/2"]), ("*/1", ["x/bert/1", "y/1"])])
-def test_only_takes_a_part_of_the_name_or_a_pattern(store, only, ran):
+@pytest.mark.parametrize(
+    ("only", "ran"),
+    [
+        ("bert/", ["x/bert/1", "x/bert/2"]),
+        ("*/1", ["x/bert/1", "y/bert~1/1"]),
+        ("tuning/", []),
+        ("y/", ["y/bert~1/1"]),
+    ],
+)
+def test_only_takes_a_text_at_the_beginning_of_a_part_or_a_pattern(store, only, ran):
     counter = Counter()
-    run_cells([counter.cell(name) for name in ("x/bert/1", "x/bert/2", "y/1")], store, only=only, console=QUIET)
+    names = ("x/bert/1", "x/bert/2", "y/bert~1/1", "finetuning/2")
+    cells = [counter.cell(name) for name in names]
+    if ran:
+        run_cells(cells, store, only=only, console=QUIET)
+    else:
+        with pytest.raises(ValueError, match="no cell matches"):
+            run_cells(cells, store, only=only, console=QUIET)
     assert counter.ran == ran
 
 
@@ -123,6 +140,35 @@ def test_the_end_of_the_time_stops_within_a_cell_and_leaves_the_rest(store):
     assert signal.getsignal(signal.SIGTERM) is handlers
     assert counter.ran == ["a"]
     assert store.is_finished(counter.cell("a"))
+
+
+def test_what_a_cell_left_behind_goes_once_its_result_is_kept(store, tmp_path):
+    scratch = tmp_path / "scratch"
+
+    def run():
+        scratch.mkdir()
+        assert not store.path(cell).exists()
+        return {}
+
+    cell = Cell("a", {}, run, scratch=scratch)
+    run_cells([cell], store, console=QUIET)
+    assert not scratch.exists()
+
+
+def test_the_time_ends_a_run_whose_training_finished_in_the_last_moment(store):
+    """A training takes the signal for its own, and with its last step done it is not stopped."""
+
+    def run():
+        handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        time.sleep(0.5)
+        signal.signal(signal.SIGTERM, handler)
+        return {}
+
+    counter = Counter()
+    with pytest.raises(ExperimentStoppedError, match="the time is up"):
+        run_cells([Cell("a", {}, run), counter.cell("b")], store, max_minutes=0.2 / 60, console=QUIET)
+    assert store.path(Cell("a", {}, run)).exists()
+    assert counter.ran == []
 
 
 def test_a_signal_stops_and_is_told(store):

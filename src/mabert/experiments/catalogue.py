@@ -115,5 +115,16 @@ EXPERIMENTS: dict[str, Callable[[Suite], Iterator[Cell]]] = {
 
 
 def cells_of(names: Iterable[str], suite: Suite) -> list[Cell]:
-    """The cells of these experiments, each once."""
-    return list(dict.fromkeys(cell for name in names for cell in EXPERIMENTS[name](suite)))
+    """The cells of these experiments and what they need, each once."""
+    found: dict[Cell, None] = {}
+
+    def add(cell: Cell) -> None:
+        if cell not in found:
+            for need in cell.needs:
+                add(need)
+            found[cell] = None
+
+    for name in names:
+        for cell in EXPERIMENTS[name](suite):
+            add(cell)
+    return list(found)

@@ -6,11 +6,13 @@ one (a pretrained checkpoint) is made first.
 
 import contextlib
 import json
+import logging
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -25,14 +27,28 @@ from mabert.files import atomic_write, lock
 from mabert.training.callbacks import TrainingInterruptedError
 
 WAIT_SECONDS = 2.0
+TIME_IS_UP = "the time is up"
+
+logger = logging.getLogger(__name__)
 
 
-class ExperimentStoppedError(RuntimeError):
-    """The time was up, or a signal came; what is finished is kept, and the same command goes on from there."""
+class ExperimentStoppedError(BaseException):
+    """The time was up, or a signal came; what is finished is kept, and the same command goes on from there.
+
+    As KeyboardInterrupt, it passes whatever catches errors.
+    """
 
     def __init__(self, why: str, signum: int | None = None) -> None:
         super().__init__(f"Stopped: {why}. What is finished is kept; the same command goes on from there.")
         self.signum = signum
+
+
+class CellsFailedError(RuntimeError):
+    """Some cells failed; all that do not need them were computed."""
+
+    def __init__(self, failed: dict[str, Exception]) -> None:
+        reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
+        super().__init__(f"{len(failed)} cells failed, and those that need them were left out. {reasons}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,8 @@ class Cell:
     """Cells whose results or artifacts `run` reads."""
     artifact: Path | None = field(default=None, compare=False)
     """The last file that `run` leaves for other cells; where it is missing, the cell is run again for them."""
+    scratch: Path | None = field(default=None, compare=False)
+    """Folder that nobody needs once the result is kept."""
     alone: bool = field(default=False, compare=False)
     """It measures time: nothing else may run beside it."""
 
@@ -94,8 +112,8 @@ class CellStore:
         """The result of a finished cell."""
         return json.loads(self.path(cell).read_text(encoding="utf-8"))["result"]
 
-    def run(self, cell: Cell) -> None:
-        """Compute a cell and keep its result with all that it comes from."""
+    def run(self, cell: Cell, origin: dict[str, Any] | None = None) -> None:
+        """Compute a cell and keep its result with all that it comes from; `origin` is a stamp from before."""
         began = time.perf_counter()
         result = cell.run()
         if self.is_finished(cell):  # only its artifact was missing; the result that others saw stays
@@ -105,13 +123,15 @@ class CellStore:
             "config": _plain(cell.config),
             "result": result,
             "seconds": round(time.perf_counter() - began, 2),
-            "stamp": stamp(),
+            "stamp": origin or stamp(),
         }
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w") as file:
             json.dump(content, file, indent=1, allow_nan=False)
             file.write("\n")
+        if cell.scratch is not None:
+            shutil.rmtree(cell.scratch, ignore_errors=True)
 
     @contextlib.contextmanager
     def claim(self, cell: Cell) -> Iterator[bool]:
@@ -139,49 +159,63 @@ def run_cells(
     Args:
         only: run the cells whose name holds this text, or matches it as a pattern with `*`, and what they need.
         max_minutes: stop after that long, also within a cell; training goes on from its checkpoint the next time.
-        include_alone: also those that measure time; a helper process leaves them to the first one.
+        include_alone: also those that measure time; a helper process leaves them to the first one, and ends with it.
 
     Raises:
         ValueError: no cell is named so, or a result was made with other choices.
+        CellsFailedError: some cells failed; the others are there.
         ExperimentStoppedError: the time is up, or Ctrl-C or SIGTERM came.
     """
     console = console or Console(stderr=True)
     wanted = [cell for cell in cells if only is None or _matches(cell.name, only)]
     if not wanted:
         raise ValueError(f"no cell matches {only!r}; there are {', '.join(cell.name for cell in cells[:8])}, …")
-    pending = _pending(wanted, store)
+    failed: dict[str, Exception] = {}
+    pending = _pending(wanted, store, failed)
     total, done, seconds = len(pending), 0, 0.0
+    origin, parent = stamp(), os.getppid()  # the code that runs is that of now, whatever is committed meanwhile
     _say(console, f"{len(wanted)} cells asked for; to compute, with what they need: {total}")
-    with _stopping(max_minutes):
+    with _stopping(max_minutes) as is_up:
         while pending:
-            if not include_alone and pending[0].alone:
+            if not include_alone and (pending[0].alone or os.getppid() != parent):
                 return
+            if is_up.is_set():  # in the last moments of a training, which finishes then
+                raise ExperimentStoppedError(TIME_IS_UP)
             began = time.monotonic()
             for cell in _ready(pending, store):
                 with store.claim(cell) as mine:
-                    if mine and cell in _pending(wanted, store):
+                    if mine and cell in _pending(wanted, store, failed):
                         _say(console, f"[{total - len(pending) + 1} of {total}] {cell.name}")
-                        store.run(cell)
+                        try:
+                            store.run(cell, origin)
+                        except TrainingInterruptedError:
+                            raise
+                        except Exception as error:
+                            logger.exception("%s failed", cell.name)
+                            failed[cell.name] = error
                         break
             else:
                 time.sleep(WAIT_SECONDS)  # others are at all that could begin now
-                pending = _pending(wanted, store)
+                pending = _pending(wanted, store, failed)
                 continue
             done, seconds = done + 1, seconds + time.monotonic() - began
-            if pending := _pending(wanted, store):
+            if pending := _pending(wanted, store, failed):
                 left = timedelta(seconds=round(seconds / done * len(pending)))
                 _say(console, f"{len(pending)} cells left, about {left} if they take as long as those before")
+    if failed:
+        raise CellsFailedError(failed)
 
 
-def _pending(wanted: Sequence[Cell], store: CellStore) -> list[Cell]:
-    """What has to be computed, each cell after what it needs."""
+def _pending(wanted: Sequence[Cell], store: CellStore, failed: Collection[str]) -> list[Cell]:
+    """What has to be computed, each cell after what it needs; without those that failed or need one that did."""
     found: dict[str, Cell] = {}
 
-    def add(cell: Cell) -> None:
-        for need in cell.needs:
-            if not store.is_ready_for_others(need):
-                add(need)
-        found.setdefault(cell.name, cell)
+    def add(cell: Cell) -> bool:
+        if cell.name in failed:
+            return False
+        if all(store.is_ready_for_others(need) or add(need) for need in cell.needs):
+            found.setdefault(cell.name, cell)
+        return cell.name in found
 
     for cell in wanted:
         if not store.is_finished(cell):
@@ -199,23 +233,24 @@ def _ready(pending: Sequence[Cell], store: CellStore) -> Iterator[Cell]:
 
 
 def _matches(name: str, only: str) -> bool:
-    return fnmatchcase(name, only) if "*" in only else only in name
+    """Whether a pattern fits, or a text stands in the name from the beginning of one of its parts."""
+    return fnmatchcase(name, only) if "*" in only else f"/{only}" in f"/{name}"
 
 
 @contextlib.contextmanager
-def _stopping(max_minutes: float | None) -> Iterator[None]:
+def _stopping(max_minutes: float | None) -> Iterator[threading.Event]:
     """Turn SIGINT, SIGTERM and the end of the time into `ExperimentStoppedError`.
 
     While a model trains, its own handler is in place, which saves a checkpoint first; the timer sends a SIGTERM that
-    either of the two obeys.
+    either of the two obeys. Gives the event that the time is up.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     is_up = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield is_up
+        return
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        why = "the time is up" if is_up.is_set() else signal.Signals(signum).name
+        why = TIME_IS_UP if is_up.is_set() else signal.Signals(signum).name
         raise ExperimentStoppedError(why, None if is_up.is_set() else signum)
 
     def time_is_up() -> None:
@@ -228,10 +263,10 @@ def _stopping(max_minutes: float | None) -> Iterator[None]:
         timer.daemon = True
         timer.start()
     try:
-        yield
+        yield is_up
     except TrainingInterruptedError as error:
         if is_up.is_set():
-            raise ExperimentStoppedError("the time is up") from error
+            raise ExperimentStoppedError(TIME_IS_UP) from error
         raise
     finally:
         if timer:

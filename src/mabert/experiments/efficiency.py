@@ -9,7 +9,7 @@ packed where the model can. "cpu" is for a machine without a GPU, at batch 1 thr
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mabert.experiments.fresh_process import in_fresh_process
 from mabert.experiments.published import published
 from mabert.experiments.scales import SCALES, Scale, base
 from mabert.experiments.timing import Timing
+from mabert.training.runs import processor_name
 
 MODELS = ("MaBERT", *BASELINES, "ModernBERT", "MMMMMMMMMMMM")
 KINDS = ("inference", "training")
@@ -102,7 +103,7 @@ def efficiency_cell(scale: Scale, name: str, precision: str, kind: str, model: s
     )
     return Cell(
         name=f"efficiency/{name}/{precision}/{kind}/{model}/{length}",
-        config=asdict(timing),
+        config=asdict(timing) | {"hardware": hardware()},  # times of two machines are not of one table
         run=partial(
             in_fresh_process,
             "mabert.experiments.timing",
@@ -111,6 +112,12 @@ def efficiency_cell(scale: Scale, name: str, precision: str, kind: str, model: s
         ),
         alone=True,
     )
+
+
+@cache
+def hardware() -> str:
+    """What the times are measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
 
 
 def size_of(scale: Scale) -> dict[str, Any]:

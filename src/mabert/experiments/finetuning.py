@@ -1,6 +1,5 @@
 """The cells that fine-tune and score a checkpoint: the choice of hyperparameters, the runs, and paired comparisons."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -73,6 +72,7 @@ class Finetuning:
             config=self._config(checkpoint, task) | {"grid": grid},
             run=partial(self._tune, checkpoint, task, grid),
             needs=checkpoint.needs,
+            scratch=self._output(checkpoint, f"{task}-grid"),
         )
 
     def run(self, checkpoint: Checkpoint, task: str, seed: int, variant: Variant = None) -> Cell:
@@ -83,6 +83,7 @@ class Finetuning:
             config=tuning.config | {"seed": seed, "variant": variant},
             run=partial(self._run, checkpoint, tuning, task, seed, variant),
             needs=(*checkpoint.needs, tuning),
+            scratch=self._output(checkpoint, f"{task}{suffix(variant)}-{seed}"),  # a model that nobody needs again
         )
 
     def comparison(self, one: Sequence[Checkpoint], other: Sequence[Checkpoint], task: str) -> Cell:
@@ -127,14 +128,12 @@ class Finetuning:
     def _tune(self, checkpoint: Checkpoint, task: str, grid: list[dict[str, Any]]) -> dict[str, Any]:
         tried = []
         for number, point in enumerate(grid if len(grid) > 1 else []):
-            output = self._output(checkpoint, f"{task}-grid-{number}")
+            output = self._output(checkpoint, f"{task}-grid") / str(number)
             result = self._train(checkpoint, task, output, point | {"dev_from_train": True})
             (split,) = result.splits.values()
             tried.append(point | {"metrics": split.metrics, "rows_held_out": split.rows})
         if not tried:
             return {"choice": grid[0], "tried": []}
-        for number in range(len(grid)):
-            shutil.rmtree(self._output(checkpoint, f"{task}-grid-{number}"))
         best = max(tried, key=lambda point: point["metrics"][main_metric(task)])
         return {"choice": {name: best[name] for name in grid[0]}, "tried": tried}
 
@@ -143,7 +142,7 @@ class Finetuning:
         padded = {} if variant is None else {**variant, "execution": "padded", "pad_to_max_length": True}
         output = self._output(checkpoint, f"{task}{suffix(variant)}-{seed}")
         result = self._train(checkpoint, task, output, choice | padded | {"seed": seed})
-        kept = {
+        return {
             "choice": choice,
             "splits": {name: asdict(split) for name, split in result.splits.items()},
             "predictions": {name: _predictions(output / f"predictions-{name}.tsv") for name in result.splits},
@@ -152,8 +151,6 @@ class Finetuning:
                 for name in ("train_rows", "train_subset", "steps", "seconds", "environment")
             },
         }
-        shutil.rmtree(output)  # hundreds of models that nobody needs again
-        return kept
 
     def _compare(self, ones: list[Cell], others: list[Cell], task: str) -> dict[str, Any]:
         def predictions(cells: list[Cell], split: str) -> np.ndarray:

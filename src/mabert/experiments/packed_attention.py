@@ -46,10 +46,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each sequence: (1, K, T, P) to (1, T, K, P). It drops nothing, and its scale is P^-1/2."""
     # transformers counts the token itself, torch what lies to each side of it.
-    reach = -1 if sliding_window is None else sliding_window - 1
+    window: dict[str, Any] = {} if sliding_window is None else {"window_size": (sliding_window - 1, sliding_window - 1)}
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     ends, longest = cu_seq_lens_q, max_length_q
-    output = varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(reach, reach))
+    output = varlen_attn(query, key, value, ends, ends, longest, longest, **window)
     assert isinstance(output, Tensor)
     return output[None], None
 

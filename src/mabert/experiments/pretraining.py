@@ -1,6 +1,7 @@
 """The cells that pretrain an architecture at a scale."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from mabert.experiments.cells import Cell
 from mabert.experiments.finetuning import Checkpoint
 from mabert.experiments.sources import Sources
 from mabert.training.callbacks import read_lines
+from mabert.training.checkpoints import list_checkpoints
 from mabert.training.pretrain import EVALUATION_LOG, PretrainConfig, pretrain
 
 EVALUATIONS = 15  # points of a loss curve
@@ -90,6 +92,8 @@ class Pretraining:
             ),
             console=self.console,
         )
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
         values = asdict(result)
         for elsewhere in ("output", "held_out_loss", "perplexity", "masked_accuracy", "unigram_entropy"):
             del values[elsewhere]

@@ -18,6 +18,9 @@ PATTERNS = (
 """The eight of Table 1."""
 
 
+NAMES = ("tiny", "cpu", "mini", "small", "base")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """Every choice that makes an experiment large or small; the defaults are the paper's."""
@@ -68,6 +71,16 @@ class Scale:
     """A timing cell repeats so often at most."""
     drift_rows: int | None = None
     """Sentences whose drift is measured; the whole dev set by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "pretraining_seeds", "finetuning_seeds", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("stage_lengths", "budgets", "patterns", "tasks", "learning_rates", "batch_sizes", "epochs"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give at least one.")
+        if self.efficiency_scale not in NAMES:
+            raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(NAMES)}.")
 
     def model_size(self) -> dict[str, int]:
         """The fields of `MaBertConfig` that say how large a model is."""

@@ -97,7 +97,7 @@ def train_loader(
     collate: Callable[[list[Any]], Any] = collate_rows,
 ) -> DataLoader:
     """Load the sampler's micro-batches, ahead of time where there are workers, without touching the global RNG."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -109,6 +109,22 @@ def train_loader(
         # A loader without a generator draws its workers' seed from the global one, and dropout with it would change.
         generator=torch.Generator().manual_seed(sampler.seed),
     )
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers are born deaf to SIGTERM.
+
+    torch may start threads in a worker before its first line of ours runs, and a signal would reach those.
+    """
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _obey_only(parent: int, worker: int) -> None:
