@@ -198,7 +198,7 @@ def made(cell, seconds):
     return run
 
 base = Cell("base", {}, made("base", 0.5), artifact=folder / "ran.txt")
-cells = [Cell(f"cell-{n}", {}, made(f"cell-{n}", 0.3), needs=(base,)) for n in range(6)]
+cells = [Cell(f"cell-{n}", {}, made(f"cell-{n}", 0.8), needs=(base,)) for n in range(6)]
 run_cells(cells, CellStore(folder / "results", folder / "work"), console=Console(quiet=True))
 """
 
