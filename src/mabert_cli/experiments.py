@@ -27,7 +27,12 @@ Data = Annotated[
 ScaleName = Annotated[str, typer.Option("--scale", help="tiny, cpu, mini, small or base (the paper's).")]
 Results = Annotated[Path, typer.Option(help="Folder of the results, one JSON file a cell.")]
 Work = Annotated[Path, typer.Option(help="Folder of what is in between: tokenised text, checkpoints.")]
-Only = Annotated[str | None, typer.Option(help="Only cells whose name holds this, or fits it as a pattern with *.")]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        help="Only cells with this at the start of a part of their name (BERT/, tuning); or a pattern with *."
+    ),
+]
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this long; the same command goes on from there.")]
 Jobs = Annotated[
     int | None, typer.Option(help="Processes at a time; default: one a core (4 at most), with a GPU one.", min=1)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_experiments
@@ -146,6 +147,33 @@ def test_glue_scores_and_compares_models(tmp_path: Path) -> None:
     shown = plain(result.stdout)
     for word in ("RTE dev", "MNLI dev_matched", "MNLI dev_mismatched", "(subset,", "mabert - bert", "±", " to "):
         assert word in shown
+
+
+def test_glue_shows_no_table_of_a_part(tmp_path: Path) -> None:
+    data, model = tiny_experiments.write_data(tmp_path / "data"), write_mabert(tmp_path / "mabert")
+    words = ["tasks=RTE,MNLI", "max_length=16", "finetuning_seeds=1", "learning_rates=1e-3", "epochs=1"]
+    places = ["--results", tmp_path / "results", "--work", tmp_path / "work", "--jobs", 1]
+    result = run("glue", model, *words, "--data", data, "--scale", "tiny", *places, "--only", "RTE")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "results" / "finetuning" / "mabert" / "0" / "RTE" / "0.json").exists()
+    assert "dev set" not in result.stdout
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mabert.experiments import pretraining
+
+    original = pretraining.pretrain
+
+    def fails_for_attention(config: Any, **kwargs: Any) -> Any:
+        if "/TTTTTTTTTTTT/" in str(config.output):
+            raise FloatingPointError("the loss is nan")
+        return original(config, **kwargs)
+
+    monkeypatch.setattr(pretraining, "pretrain", fails_for_attention)
+    result = run(*arguments(tmp_path, "patterns"))
+    assert result.exit_code == 1
+    assert "pretraining/TTTTTTTTTTTT/0: FloatingPointError: the loss is nan" in plain(result.output)
+    assert (tmp_path / "results" / "tiny" / "finetuning" / "MaBERT" / "0" / "acceptability" / "0.json").exists()
 
 
 def test_glue_refuses_folders_of_one_name(tmp_path: Path) -> None:

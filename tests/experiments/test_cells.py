@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mabert.experiments import cells
 from mabert.experiments.cells import Cell, CellsFailedError, CellStore, ExperimentStoppedError, run_cells
 
 QUIET = Console(quiet=True)
@@ -169,6 +170,22 @@ def test_the_time_ends_a_run_whose_training_finished_in_the_last_moment(store):
         run_cells([Cell("a", {}, run), counter.cell("b")], store, max_minutes=0.2 / 60, console=QUIET)
     assert store.path(Cell("a", {}, run)).exists()
     assert counter.ran == []
+
+
+def test_results_come_from_the_code_of_the_start(store, monkeypatch):
+    commits = iter(["started with", "committed meanwhile"])
+    monkeypatch.setattr(cells, "stamp", lambda: {"commit": next(commits)})
+    counter = Counter()
+    run_cells([counter.cell("a"), counter.cell("b")], store, console=QUIET)
+    kept = [json.loads((store.results / f"{name}.json").read_text())["stamp"]["commit"] for name in "ab"]
+    assert kept == ["started with"] * 2
+
+
+def test_a_helper_ends_with_the_process_that_started_it(store, monkeypatch):
+    counter, parents = Counter(), iter([7, 7, 1, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    run_cells([counter.cell(name) for name in "abc"], store, include_alone=False, console=QUIET)
+    assert counter.ran == ["a"]
 
 
 def test_a_signal_stops_and_is_told(store):

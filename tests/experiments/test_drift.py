@@ -15,6 +15,7 @@ from mabert import MaBertForMaskedLM, MaBertModel
 from mabert.experiments import drift
 from mabert.experiments.cells import Cell, CellStore, run_cells
 from mabert.experiments.drift import MODES, PADS, ROUNDING, cosine_distance, drift_cells, findings, measure_drift
+from mabert.experiments.stamp import stamp
 from mabert.inference.loading import ModelFolderError, load_config, load_model
 
 PADDED = [mode for mode in MODES if mode != "packed"]
@@ -374,7 +375,7 @@ class TestCells:
     def test_a_cell_leaves_numbers_and_what_they_say(self, folder_of, tmp_path, texts):
         store = CellStore(tmp_path / "results", tmp_path / "work")
         cell = self.pretrained(folder_of("forward", "causal"))
-        store.run(cell)
+        store.run(cell, stamp())
         right, left = drift_cells(
             SimpleNamespace(drift_rows=None),
             {"MaBERT-forward-causal": cell},

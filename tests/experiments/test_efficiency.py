@@ -134,3 +134,11 @@ def test_parameters_are_the_published_ones():
     assert round(table["MaBERT"]["millions"], 1) == 120.2
     assert table["MaBERT"]["published"] == 205.322
     assert table["ModernBERT"]["published"] is None
+
+
+def test_times_of_another_machine_are_other_cells(monkeypatch):
+    name = "efficiency/cpu/fp32/inference/BERT/128"
+    here = cells_of(tiny(), "cpu")[name].config
+    monkeypatch.setattr("mabert.experiments.efficiency.hardware", lambda: "another card")
+    elsewhere = cells_of(tiny(), "cpu")[name].config
+    assert elsewhere == here | {"hardware": "another card"} != here

@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mabert.data.mlm import IGNORED
 from mabert.experiments import packed_attention, timing
 from mabert.experiments.efficiency import MODELS, size_of
 from mabert.experiments.packed_attention import PACKED_ATTENTION
 from mabert.experiments.scales import tiny
 from mabert.experiments.timing import (
     BLOCK_SPARSE_ABOVE,
-    IGNORED,
     Timing,
     build,
     checked_big_bird_attention,
-    labelled_logits,
     lengths,
     make_batch,
     measure,
@@ -27,6 +26,7 @@ from mabert.experiments.timing import (
     repeat,
     training_step,
 )
+from mabert.training.masked_lm import labelled_logits
 
 SIZE = size_of(tiny())
 
@@ -171,7 +171,7 @@ def test_packed_sequences_are_those_of_a_padded_batch(architecture, packed_on_a_
         torch.manual_seed(0)
         model = build(settings).eval()
         batch = make_batch(model.config, settings, rows)
-        logits.append(labelled_logits(model, batch))
+        logits.append(labelled_logits(model, batch.inputs, batch.labels))
         model.zero_grad()
     assert model.config._attn_implementation == PACKED_ATTENTION
     assert batch.inputs["input_ids"].shape == (1, sum(rows))

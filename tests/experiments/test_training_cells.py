@@ -87,6 +87,12 @@ def test_no_fine_tuned_model_is_left(made):
     assert list((made[2] / "work" / "pretraining").rglob("*.safetensors"))
 
 
+def test_of_a_pretraining_only_the_model_is_left(made):
+    folder = made[2] / "work" / "pretraining" / "MaBERT" / "0"
+    assert (folder / "model.safetensors").exists()
+    assert not list(folder.glob("checkpoint-*"))
+
+
 def test_variants_share_one_checkpoint_and_are_padded_to_one_length(made, monkeypatch):
     ours, _, _ = made
     plain, variant = (content(made, f"finetuning/MaBERT{suffix}/0/RTE/0") for suffix in ("", "~psm=none,pooling=cls"))

@@ -34,9 +34,9 @@ def test_the_head_at_the_labels_gives_what_the_whole_head_gives_there(name):
     model = AutoModelForMaskedLM.from_config(model_config(name)).eval()
     ids = torch.randint(5, 500, (3, 32))
     labels = ids.where(torch.rand(3, 32) < 0.3, -100)
-    batch = {"input_ids": ids, "labels": labels, "seq_idx": torch.zeros_like(ids)}
+    inputs = {"input_ids": ids, "seq_idx": torch.zeros_like(ids)}
     expected = model(ids, attention_mask=torch.ones_like(ids)).logits[labels != -100]
-    assert torch.allclose(labelled_logits(model, batch), expected, atol=1e-5)
+    assert torch.allclose(labelled_logits(model, inputs, labels), expected, atol=1e-5)
     assert model(ids, attention_mask=torch.ones_like(ids)).logits.shape == (3, 32, 500)  # no hook is left
 
 

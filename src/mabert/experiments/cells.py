@@ -112,8 +112,8 @@ class CellStore:
         """The result of a finished cell."""
         return json.loads(self.path(cell).read_text(encoding="utf-8"))["result"]
 
-    def run(self, cell: Cell, origin: dict[str, Any] | None = None) -> None:
-        """Compute a cell and keep its result with all that it comes from; `origin` is a stamp from before."""
+    def run(self, cell: Cell, origin: dict[str, Any]) -> None:
+        """Compute a cell and keep its result with all that it comes from, of which `origin` is the stamp."""
         began = time.perf_counter()
         result = cell.run()
         if self.is_finished(cell):  # only its artifact was missing; the result that others saw stays
@@ -123,7 +123,7 @@ class CellStore:
             "config": _plain(cell.config),
             "result": result,
             "seconds": round(time.perf_counter() - began, 2),
-            "stamp": origin or stamp(),
+            "stamp": origin,
         }
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,8 @@ def run_cells(
     """Compute every cell that is not there yet.
 
     Args:
-        only: run the cells whose name holds this text, or matches it as a pattern with `*`, and what they need.
+        only: run the cells with a part of whose name (parts are between slashes) this text begins, or that match it as
+            a pattern with `*`, and what they need.
         max_minutes: stop after that long, also within a cell; training goes on from its checkpoint the next time.
         include_alone: also those that measure time; a helper process leaves them to the first one, and ends with it.
 
@@ -213,8 +214,8 @@ def _pending(wanted: Sequence[Cell], store: CellStore, failed: Collection[str]) 
     def add(cell: Cell) -> bool:
         if cell.name in failed:
             return False
-        if all(store.is_ready_for_others(need) or add(need) for need in cell.needs):
-            found.setdefault(cell.name, cell)
+        if cell.name not in found and all(store.is_ready_for_others(need) or add(need) for need in cell.needs):
+            found[cell.name] = cell
         return cell.name in found
 
     for cell in wanted:

@@ -15,6 +15,7 @@ from mabert.experiments.finetuning import Checkpoint
 from mabert.experiments.sources import Sources
 from mabert.training.callbacks import read_lines
 from mabert.training.checkpoints import list_checkpoints
+from mabert.training.optim import plan_schedule
 from mabert.training.pretrain import EVALUATION_LOG, PretrainConfig, pretrain
 
 EVALUATIONS = 15  # points of a loss curve
@@ -74,7 +75,7 @@ class Pretraining:
 
     def _run(self, name: str, choices: dict[str, Any], folder: Path) -> dict[str, Any]:
         scale, model = self.sources.scale, architecture(name, self.sources.scale, self.sources.vocabulary())
-        steps = max(1, round(scale.steps * choices["budget"]))
+        steps = plan_schedule(scale.steps, budget=choices["budget"]).steps
         result = pretrain(
             PretrainConfig(
                 **choices,

@@ -18,9 +18,6 @@ PATTERNS = (
 """The eight of Table 1."""
 
 
-NAMES = ("tiny", "cpu", "mini", "small", "base")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """Every choice that makes an experiment large or small; the defaults are the paper's."""
@@ -79,8 +76,8 @@ class Scale:
         for name in ("stage_lengths", "budgets", "patterns", "tasks", "learning_rates", "batch_sizes", "epochs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give at least one.")
-        if self.efficiency_scale not in NAMES:
-            raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(NAMES)}.")
+        if self.efficiency_scale not in SCALES:
+            raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(SCALES)}.")
 
     def model_size(self) -> dict[str, int]:
         """The fields of `MaBertConfig` that say how large a model is."""

@@ -21,12 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from mabert.config import MaBertConfig
+from mabert.data.mlm import IGNORED
 from mabert.experiments.architectures import architecture
 from mabert.experiments.fresh_process import peak_resident_bytes, restart_peak
 from mabert.experiments.packed_attention import PACKED_ATTENTION, can_be_packed, pack
 from mabert.experiments.scales import Scale
 from mabert.models import MaBertForMaskedLM
-from mabert.training.masked_lm import IGNORED, head_at
+from mabert.training.masked_lm import labelled_logits
 from mabert.training.optim import adamw
 
 BLOCK_SPARSE_ABOVE = 704
@@ -215,21 +216,13 @@ def training_step(model: PreTrainedModel, timing: Timing, micro_batch: int) -> C
     def run() -> None:
         for batch in batches:
             with arithmetic(timing):
-                logits = labelled_logits(model, batch)
+                logits = labelled_logits(model, batch.inputs, batch.labels)  # as in pretraining
                 loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / labels
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return run
-
-
-def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(labels, V): the head sees the labelled positions only, as in pretraining, in every model."""
-    if isinstance(model, MaBertForMaskedLM):
-        return model(**batch.inputs, labels=batch.labels, labelled_only=True).logits
-    with head_at(batch.labels != IGNORED, model):
-        return model(**batch.inputs).logits[0]
 
 
 @contextlib.contextmanager

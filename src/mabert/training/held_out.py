@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from mabert.data.mlm import Key, MlmDataset, collate_rows
+from mabert.data.mlm import IGNORED, Key, MlmDataset, collate_rows
 from mabert.data.shards import unigram_entropy
-from mabert.training.masked_lm import IGNORED, labelled_logits
+from mabert.training.masked_lm import labelled_logits
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)  # math.exp raises OverflowError above it
 
@@ -63,7 +63,8 @@ def evaluate_held_out(
         original = torch.where(batch["labels"] != IGNORED, batch["labels"], batch["input_ids"])
         counts += torch.bincount(original.flatten(), minlength=len(counts))
         length = original.shape[1]
-        logits = labelled_logits(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        logits = labelled_logits(model, inputs, inputs.pop("labels"))
         targets = targets.to(device)
         loss += nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
         correct += (logits.argmax(-1) == targets).sum().item()

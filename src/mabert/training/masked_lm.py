@@ -5,7 +5,7 @@ itself, and tells apart the sequences that share a row; the others take rows tha
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from mabert.data.mlm import IGNORED
 from mabert.models import MaBertForMaskedLM
-
-IGNORED = -100
 
 
 def takes_seq_idx(config: PreTrainedConfig) -> bool:
@@ -24,12 +23,12 @@ def takes_seq_idx(config: PreTrainedConfig) -> bool:
     return "seq_idx" in inspect.signature(model.forward).parameters
 
 
-def labelled_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """(labels, V), in row order: what the model says of the positions of `batch` that carry a label."""
+def labelled_logits(model: PreTrainedModel, inputs: Mapping[str, Any], labels_BL: Tensor) -> Tensor:
+    """(labels, V), in row order: what the model says of the positions that carry a label."""
     if isinstance(model, MaBertForMaskedLM):
-        return model(**batch, labelled_only=True).logits
-    with head_at(batch["labels"] != IGNORED, model):
-        return model(input_ids=batch["input_ids"]).logits[0]
+        return model(**inputs, labels=labels_BL, labelled_only=True).logits
+    with head_at(labels_BL != IGNORED, model):
+        return model(**{name: value for name, value in inputs.items() if name != "seq_idx"}).logits[0]
 
 
 @contextmanager

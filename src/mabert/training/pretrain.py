@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from mabert.data.mlm import MlmDataset
+from mabert.data.mlm import IGNORED, MlmDataset
 from mabert.data.rows import Rows
 from mabert.data.tokenizer import load_tokenizer
 from mabert.files import atomic_write
@@ -38,7 +38,7 @@ from mabert.training.callbacks import (
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint
 from mabert.training.estimate import Estimate
 from mabert.training.held_out import HeldOut, evaluate_held_out
-from mabert.training.masked_lm import IGNORED, head_at, loss_at_labels
+from mabert.training.masked_lm import head_at, loss_at_labels
 from mabert.training.optim import adamw
 from mabert.training.plan import PretrainPlan, estimate, plan, prepare_rows
 from mabert.training.pretrain_config import PretrainConfig
