@@ -103,7 +103,8 @@ def test_loading_leaves_the_global_random_numbers_alone(dataset, workers):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_workers_outlive_signals_to_the_process_group(dataset, threads):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # with two, torch starts threads in a worker before anything of ours runs there
+    torch.set_num_threads(threads)
+    torch.randn(400, 400) @ torch.randn(400, 400)  # torch's threads, if two, begin before anything of ours in a worker
     rows = [len(stage) for stage in dataset.stages]
     batches = iter(train_loader(dataset, sampler(rows=rows), workers=2, pin_memory=False))
     for _ in range(2):  # they take turns: now both of them are past their start

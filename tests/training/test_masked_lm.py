@@ -40,6 +40,19 @@ def test_the_head_at_the_labels_gives_what_the_whole_head_gives_there(name):
     assert model(ids, attention_mask=torch.ones_like(ids)).logits.shape == (3, 32, 500)  # no hook is left
 
 
+def test_seq_idx_goes_to_those_who_know_it_only():
+    ids = torch.randint(5, 500, (2, 16))
+    given = {}
+    for name in ("MaBERT", "BERT"):
+        model = AutoModelForMaskedLM.from_config(model_config(name)).eval()
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: given.update({name: kwargs}), with_kwargs=True
+        )
+        labelled_logits(model, {"input_ids": ids, "seq_idx": torch.zeros_like(ids)}, ids)
+    assert "seq_idx" in given["MaBERT"]
+    assert "seq_idx" not in given["BERT"]
+
+
 def test_the_hook_goes_also_after_an_error():
     model = AutoModelForMaskedLM.from_config(model_config("BERT")).eval()
 
