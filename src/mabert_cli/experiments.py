@@ -179,7 +179,9 @@ def compute(
     from mabert.training.callbacks import TrainingInterruptedError
 
     cores = os.cpu_count() or 1
-    jobs = jobs or (1 if torch.accelerator.is_available() else min(cores, 4))
+    # on Windows no lock keeps two processes from one cell
+    one = torch.accelerator.is_available() or sys.platform == "win32"
+    jobs = jobs or (1 if one else min(cores, 4))
     if not torch.accelerator.is_available():
         torch.set_num_threads(max(1, cores // jobs))
     try:

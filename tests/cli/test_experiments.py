@@ -143,7 +143,11 @@ def test_glue_scores_and_compares_models(tmp_path: Path) -> None:
     result = run("glue", first, second, *words, "--data", data, "--scale", "tiny", *places)
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "results" / "finetuning" / "bert" / "0" / "RTE" / "1.json").read_text())
-    assert content["config"]["checkpoint"]["weights_sha256"]
+    assert content["config"]["checkpoint"].keys() == {"model", "weights", "config", "tokenizer"}
+    (second / "config.json").write_text((second / "config.json").read_text() + " ")
+    changed = run("glue", first, second, *words, "--data", data, "--scale", "tiny", *places)
+    assert changed.exit_code == 2
+    assert "was made with other choices: checkpoint was" in plain(changed.output)
     shown = plain(result.stdout)
     for word in ("RTE dev", "MNLI dev_matched", "MNLI dev_mismatched", "(subset,", "mabert - bert", "±", " to "):
         assert word in shown

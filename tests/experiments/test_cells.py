@@ -56,6 +56,20 @@ def test_what_is_finished_is_not_computed_again(store):
     assert counter.ran == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("again", ["same", "other"])
+def test_an_artifact_that_comes_out_otherwise_is_noticed(store, tmp_path, caplog, again):
+    artifact = tmp_path / "model" / "weights"
+
+    def base(weights):
+        return Counter().cell("base", {"weights": weights}, artifact=artifact)
+
+    run_cells([base("same")], store, console=QUIET)
+    artifact.unlink()
+    run_cells([Counter().cell("user", needs=(base(again),))], store, console=QUIET)
+    assert ("base was trained again and has other weights" in caplog.text) == (again == "other")
+    assert store.read(base("same")) == {"weights": "same"}
+
+
 def test_a_result_of_other_choices_is_refused(store):
     counter = Counter()
     run_cells([counter.cell("a", config={"steps": 3, "seed": 0})], store, console=QUIET)

@@ -178,6 +178,27 @@ def test_what_was_not_matched_is_said(patterns: Path) -> None:
     assert "recipe" not in text
 
 
+def test_numbers_of_a_model_that_was_trained_again_are_told_apart(patterns: Path) -> None:
+    config = pretraining_config(tiny(), "MaBERT")
+    put(patterns, "pretraining/MaBERT/0", pretrained(4.0, config) | {"weights": "aa"}, config)
+    run = finetuned({"dev": 0.4}, metric="mcc")
+    put(patterns, "finetuning/MaBERT/0/CoLA/0", run | {"weights": "aa"})
+    assert "Pretrained again" not in report(patterns.parent).text
+    put(patterns, "finetuning/MaBERT/0/CoLA/1", run | {"weights": "bb"})
+    text = report(patterns.parent).figure("Table 1")["text"]
+    assert "Pretrained again since, by the same choices: MaBERT. Its numbers are of several models." in text
+
+
+def test_other_budgets_than_the_scales_are_shown(results: Path) -> None:
+    for model in ("MaBERT@20", "BERT@20", "TTTTTTTTTTTT@20"):
+        tuned(results / "tiny", model, "CoLA", [0.4, 0.5], "mcc")
+    page = report(results)
+    assert page.rows("Table 1 · Order of the layers, 20%")["MMTMMTMMTMMT"][0] == "0.450 ±0.071"
+    rows = page.rows("Pretraining budget · 20%")
+    assert rows["BERT"][0] == "0.450 ±0.071"
+    assert not any("published" in label for label in rows)
+
+
 def test_two_pretraining_seeds_count_with_their_runs(patterns: Path) -> None:
     for seed, score in enumerate((0.50, 0.54)):
         put(patterns, f"finetuning/MaBERT/1/CoLA/{seed}", finetuned({"dev": score}, metric="mcc"))
@@ -245,6 +266,19 @@ def timed(folder: Path, kind: str, model: str, length: int, result: dict) -> Non
 
 def time_of(milliseconds: float) -> dict:
     return {"median_ms": milliseconds, "samples_ms": [milliseconds] * 2, "repetitions": 2, "peak_resident_bytes": 2**29}
+
+
+def test_no_published_time_stands_beside_batches_of_mixed_lengths(results: Path) -> None:
+    for protocol in ("paper", "best"):
+        for model in ("MaBERT", "BERT", "ALBERT", "Longformer", "BigBird", "DeBERTa"):
+            cell = efficiency_cell(tiny(), protocol, "bf16", "inference", model, 128)
+            put(results / "tiny", cell.name, time_of(7.0) | {"peak_gpu_bytes": 2**20}, cell.config)
+    page = report(results)
+    for title in ("Table B7 · Inference", "Headline · Baselines over MaBERT"):
+        labels = {protocol: page.rows(f"{title}, {protocol}") for protocol in ("paper", "best")}
+        assert any("published" in label for label in labels["paper"])
+        assert not any("published" in label for label in labels["best"])
+        assert "Published" not in page.figure(f"{title}, best")["text"]
 
 
 def test_time_and_memory_by_length_and_what_did_not_fit(results: Path) -> None:

@@ -228,17 +228,26 @@ def test_the_faster_of_compiled_and_not_counts(training, monkeypatch):
     assert result["median_ms"] <= other["median_ms"]
 
 
-def test_what_does_not_compile_is_said(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch._dynamo.exc.Unsupported, "does_not_compile"),
+        (torch.OutOfMemoryError, "out_of_memory"),
+        (RuntimeError, "does_not_compile"),
+    ],
+)
+def test_what_does_not_compile_is_said_and_the_plain_time_kept(monkeypatch, error, why):
     def refuse(model):
         def fail(*arguments, **keywords):
-            raise torch._dynamo.exc.Unsupported("planted")
+            raise error("planted")
 
         monkeypatch.setattr(model, "forward", fail)
 
     monkeypatch.setattr(timing, "compile_in_place", refuse)
     result = measure(timed("BERT", compiled=True))
     assert result["way"] == "plain"
-    assert "planted" in result["other_ways"]["compiled"]["does_not_compile"]
+    assert result["median_ms"] > 0
+    assert "planted" in result["other_ways"]["compiled"][why]
 
 
 class Clock:

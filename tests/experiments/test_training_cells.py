@@ -1,5 +1,6 @@
 """The cells that train: what they keep, what they share, and that dev chooses nothing."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_experiments import QUIET, SECONDS, suite, write_data
 
+from mabert.data import generated
 from mabert.data.corpus import CorpusError
 from mabert.experiments.cells import run_cells
 from mabert.experiments.sources import Sources
@@ -34,6 +36,10 @@ def content(made, name):
 
 def test_a_pretraining_keeps_its_curve_and_its_size(made):
     result = content(made, "pretraining/MaBERT/0")["result"]
+    weights = made[2] / "work" / "pretraining" / "MaBERT" / "0" / "model.safetensors"
+    assert result["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    for name in ("tuning/MaBERT/0/RTE", "finetuning/MaBERT/0/RTE/0"):
+        assert content(made, name)["result"]["weights"] == result["weights"]
     assert [point["step"] for point in result["evaluations"] if point["length"] == 16] == [1, 2, 3, 4]
     assert [held["length"] for held in result["held_out"]] == [16, 32]
     assert result["tokens"] == 4 * (2 * 16 + 2 * 32)
@@ -158,8 +164,9 @@ def test_scores_on_other_data_are_refused(tmp_path):
     ours = suite(tmp_path, replace(SECONDS, learning_rates=(1e-3,), finetuning_seeds=1), data)
     cells = list(ours.finetuning.scores(ours.pretraining.checkpoints("MaBERT")))
     run_cells(cells, ours.finetuning.store, console=QUIET)
-    with (data / "glue" / "RTE" / "dev.tsv").open("a") as file:
-        file.write("24\tthe cat\ta dog\tentailment\n")
+    dev = data / "glue" / "RTE" / "dev.tsv"
+    dev.write_text(dev.read_text().replace("cat", "cot"))  # as long as before
+    ours = suite(tmp_path, replace(SECONDS, learning_rates=(1e-3,), finetuning_seeds=1), data)
     again = list(ours.finetuning.scores(ours.pretraining.checkpoints("MaBERT")))
     with pytest.raises(ValueError, match="was made with other choices: data was"):
         run_cells(again, ours.finetuning.store, console=QUIET)
@@ -173,6 +180,24 @@ def test_other_text_is_prepared_apart(tmp_path):
         Sources(replace(SECONDS, text_lines=100), tmp_path, data).folder,
     }
     assert len(folders) == 3
+
+
+def test_other_text_of_the_same_size_is_other_text(tmp_path):
+    data = write_data(tmp_path / "data")
+    before = Sources(SECONDS, tmp_path, data).cell().config
+    text = next((data / "text").glob("*.train.txt"))
+    text.write_text(text.read_text().swapcase())
+    assert Sources(SECONDS, tmp_path, data).cell().config != before
+
+
+def test_other_code_makes_other_generated_data(tmp_path, monkeypatch):
+    before = Sources(SECONDS, tmp_path)
+    text, task = before.cell().config, before.task_identity("acceptability")
+    (tmp_path / "generated.py").write_text("# other code\n")
+    monkeypatch.setattr(generated, "__file__", str(tmp_path / "generated.py"))
+    now = Sources(SECONDS, tmp_path)
+    assert now.cell().config != text
+    assert now.task_identity("acceptability") != task
 
 
 def test_the_text_is_cut_at_the_scales_lines(tmp_path):

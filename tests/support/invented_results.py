@@ -36,7 +36,7 @@ def put(folder: Path, name: str, result: dict[str, Any], config: dict[str, Any] 
     """Write a cell's file."""
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"cell": name, "config": config or {}, "result": result, "seconds": 1.0, "stamp": STAMP | stamp}
+    content = {"cell": name, "config": config or {}, "result": result, "stamp": STAMP | stamp}
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 

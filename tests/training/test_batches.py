@@ -1,4 +1,5 @@
 import itertools
+import signal
 import subprocess
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_pretraining import LENGTHS
 from mabert.data.mlm import MlmDataset
 from mabert.data.rows import Rows
 from mabert.data.tokenizer import load_tokenizer
+from mabert.training import batches as training_batches
 from mabert.training.batches import StagedBatchSampler, WorldLayout, train_loader
 from mabert.training.optim import plan_schedule
 
@@ -104,7 +106,6 @@ def test_loading_leaves_the_global_random_numbers_alone(dataset, workers):
 def test_workers_outlive_signals_to_the_process_group(dataset, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.randn(400, 400) @ torch.randn(400, 400)  # torch's threads, if two, begin before anything of ours in a worker
     rows = [len(stage) for stage in dataset.stages]
     batches = iter(train_loader(dataset, sampler(rows=rows), workers=2, pin_memory=False))
     for _ in range(2):  # they take turns: now both of them are past their start
@@ -114,6 +115,22 @@ def test_workers_outlive_signals_to_the_process_group(dataset, threads):
         subprocess.run(["kill", name, *pids], check=True)
     torch.set_num_threads(before)
     assert sum(1 for _ in batches) == 38
+
+
+@FORKS
+def test_workers_are_born_deaf_to_a_signal(dataset, tmp_path, monkeypatch):
+    """torch may have started threads in a worker by then, which a later mask would not reach."""
+
+    def first_line_of_ours(parent, worker):
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+        (tmp_path / str(worker)).write_text(" ".join(signum.name for signum in blocked))
+
+    monkeypatch.setattr(training_batches, "_obey_only", first_line_of_ours)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    rows = [len(stage) for stage in dataset.stages]
+    next(iter(train_loader(dataset, sampler(rows=rows), workers=1, pin_memory=False)))
+    assert (tmp_path / "0").read_text() == "SIGTERM"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == before
 
 
 @FORKS

@@ -28,6 +28,8 @@ from mabert.training.callbacks import TrainingInterruptedError
 
 WAIT_SECONDS = 2.0
 TIME_IS_UP = "the time is up"
+WEIGHTS = "weights"
+"""In a result: digest of the weights of the model that it is about."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +116,19 @@ class CellStore:
 
     def run(self, cell: Cell, origin: dict[str, Any]) -> None:
         """Compute a cell and keep its result with all that it comes from, of which `origin` is the stamp."""
-        began = time.perf_counter()
         result = cell.run()
         if self.is_finished(cell):  # only its artifact was missing; the result that others saw stays
+            if self.read(cell).get(WEIGHTS) != result.get(WEIGHTS):
+                logger.warning(
+                    "%s was trained again and has other weights than before: what is computed from them now stands "
+                    "beside earlier results of the old ones. Delete the files of its cells to make all of them anew.",
+                    cell.name,
+                )
             return
         content = {
             "cell": cell.name,
             "config": _plain(cell.config),
             "result": result,
-            "seconds": round(time.perf_counter() - began, 2),
             "stamp": origin,
         }
         path = self.path(cell)

@@ -3,6 +3,7 @@
 Each sentence runs without pads and with more and more of them, by the same weights, under every psm mode.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mabert.experiments.architectures import MABERTS
 from mabert.experiments.cells import Cell
 from mabert.experiments.scales import Scale
+from mabert.files import digest
 from mabert.inference.batches import tokenize
 from mabert.inference.loading import (
     default_device,
@@ -171,7 +174,8 @@ def _cell(name: str, pretrained: Cell, side: str, data: str, texts: list[str]) -
     folder = pretrained.artifact.parent
 
     def run() -> dict[str, Any]:
-        result = {"data": data} | measure_drift(folder, texts, side=side)
+        weights = {"weights": digest(folder / SAFE_WEIGHTS_NAME)}
+        result = {"data": data} | weights | measure_drift(folder, texts, side=side)
         return result | {"findings": findings(result, direction, conv, side)}
 
     return Cell(
@@ -181,6 +185,7 @@ def _cell(name: str, pretrained: Cell, side: str, data: str, texts: list[str]) -
             "side": side,
             "data": data,
             "rows": len(texts),
+            "texts": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
             "pads": list(PADS),
             "modes": MODES,
         },

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mabert.data.glue import GLUE_TASKS
 from mabert.experiments.cells import Cell, CellStore
 from mabert.experiments.comparison import paired_comparison
 from mabert.experiments.sources import Sources
+from mabert.files import digest
 from mabert.training.finetune import FinetuneConfig, FinetuneResult, finetune
 
 # CHOICE: of a task with two metrics the one that the paper gives
@@ -40,6 +42,10 @@ class Checkpoint:
     """What tells it from another one of that name."""
     needs: tuple[Cell, ...] = ()
     """The cell that makes it."""
+
+    def weights(self) -> str:
+        """Digest of its weights, which tells it from one that was trained again by the same choices."""
+        return digest(self.folder / SAFE_WEIGHTS_NAME)
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,9 @@ class Finetuning:
             (split,) = result.splits.values()
             tried.append(point | {"metrics": split.metrics, "rows_held_out": split.rows})
         if not tried:
-            return {"choice": grid[0], "tried": []}
+            return {"choice": grid[0], "tried": [], "weights": checkpoint.weights()}
         best = max(tried, key=lambda point: point["metrics"][main_metric(task)])
-        return {"choice": {name: best[name] for name in grid[0]}, "tried": tried}
+        return {"choice": {name: best[name] for name in grid[0]}, "tried": tried, "weights": checkpoint.weights()}
 
     def _run(self, checkpoint: Checkpoint, tuning: Cell, task: str, seed: int, variant: Variant) -> dict[str, Any]:
         choice = self.store.read(tuning)["choice"]
@@ -144,6 +150,7 @@ class Finetuning:
         result = self._train(checkpoint, task, output, choice | padded | {"seed": seed})
         return {
             "choice": choice,
+            "weights": checkpoint.weights(),
             "splits": {name: asdict(split) for name, split in result.splits.items()},
             "predictions": {name: _predictions(output / f"predictions-{name}.tsv") for name in result.splits},
             **{

@@ -1,35 +1,35 @@
 """The GLUE runner: any model folders on the tasks of a scale, several seeds each, compared with the first of them."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from mabert.data.tokenizer import tokenizer_hash
 from mabert.experiments.cells import Cell
 from mabert.experiments.comparison import mean_and_spread
 from mabert.experiments.finetuning import Checkpoint, Finetuning, main_metric
-from mabert.inference.loading import ModelFolderError, load_config
+from mabert.files import digest
+from mabert.inference.loading import ModelFolderError, load_config, load_matching_tokenizer
 
 
 def checkpoints_of(folders: Sequence[Path]) -> list[Checkpoint]:
-    """Model folders as checkpoints, named after their folders; told apart by a hash of their weights.
+    """Model folders as checkpoints, named after their folders; told apart by what is in the folders.
 
     Raises:
         ModelFolderError: a folder holds no model, or two of them have one name.
     """
     found: dict[str, Checkpoint] = {}
     for folder in folders:
-        load_config(folder)
+        tokenizer = load_matching_tokenizer(folder, load_config(folder))
         name = folder.resolve().name
         if name in found:
             raise ModelFolderError(f"{found[name].folder} and {folder} have one name: rename a folder, or link to it.")
         weights = folder / SAFE_WEIGHTS_NAME
         if not weights.is_file():
             raise ModelFolderError(f"{folder} has no {SAFE_WEIGHTS_NAME}: save the model with save_pretrained.")
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[name] = Checkpoint(name, 0, folder, {"model": name, "weights_sha256": digest})
+        parts = {"weights": digest(weights), "config": digest(folder / CONFIG_NAME)}
+        found[name] = Checkpoint(name, 0, folder, {"model": name, **parts, "tokenizer": tokenizer_hash(tokenizer)})
     return list(found.values())
 
 

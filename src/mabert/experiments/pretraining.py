@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mabert.experiments.architectures import architecture, encoder_parameters
 from mabert.experiments.cells import Cell
 from mabert.experiments.finetuning import Checkpoint
 from mabert.experiments.sources import Sources
+from mabert.files import digest
 from mabert.training.callbacks import read_lines
 from mabert.training.checkpoints import list_checkpoints
 from mabert.training.optim import plan_schedule
@@ -100,6 +102,7 @@ class Pretraining:
             del values[elsewhere]
         return values | {
             "encoder_parameters": encoder_parameters(model),
+            "weights": digest(folder / SAFE_WEIGHTS_NAME),
             "evaluations": read_lines(folder / EVALUATION_LOG),
             "model": json.loads(model.to_json_string(use_diff=True)),
         }

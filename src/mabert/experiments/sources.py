@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -18,7 +19,7 @@ from mabert.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenize
 from mabert.experiments.architectures import Vocabulary
 from mabert.experiments.cells import Cell
 from mabert.experiments.scales import Scale
-from mabert.files import atomic_folder, atomic_write
+from mabert.files import atomic_folder, atomic_write, digest
 
 GENERATED = "generated"
 GENERATED_TASK = "acceptability"
@@ -44,12 +45,12 @@ class Sources:
     @cached_property
     def folder(self) -> Path:
         """Where the prepared text is; other text, or more of it, has another folder."""
-        digest = hashlib.sha256(json.dumps(self._choices()).encode()).hexdigest()
-        return self.work / f"text-{digest[:8]}"
+        choices = hashlib.sha256(json.dumps(self._choices()).encode()).hexdigest()
+        return self.work / f"text-{choices[:8]}"
 
     def _choices(self) -> dict[str, Any]:
         return {
-            "text": self.identity(),
+            "text": self._text_identity,
             "text_lines": self.scale.text_lines,
             "vocab_size": self.scale.vocab_size,
             "max_length": max(self.scale.stage_lengths),
@@ -65,11 +66,11 @@ class Sources:
         """Names of the tasks to fine-tune on."""
         return self.scale.tasks if self.data else (GENERATED_TASK,)
 
-    def identity(self) -> str | dict[str, int]:
-        """What the text is, for a cell's config: file names with their sizes."""
+    @cached_property
+    def _text_identity(self) -> dict[str, str]:
         if self.data is None:
-            return GENERATED
-        return {path.name: path.stat().st_size for split in SPLITS for path in self._text_files(split)}
+            return generator()
+        return digests(path for split in SPLITS for path in self._text_files(split))
 
     def cell(self) -> Cell:
         """Cuts the text, trains the tokenizer and tokenises: what every pretraining needs."""
@@ -102,12 +103,15 @@ class Sources:
         tables = self._tables()
         return {"train": tables / "train.tsv", "dev": tables / "dev.tsv", "text_column": "sentence"}
 
-    def task_identity(self, task: str) -> str | dict[str, int]:
-        """What a task's data are, for a cell's config: file names with their sizes."""
-        if task == GENERATED_TASK:
-            return GENERATED
-        assert self.data is not None
-        return {path.name: path.stat().st_size for path in glue_files(self.data / "glue", task).values()}
+    def task_identity(self, task: str) -> dict[str, str]:
+        """What a task's data are, for a cell's config: file names with digests of their content."""
+        return self._task_identities[task]
+
+    @cached_property
+    def _task_identities(self) -> dict[str, dict[str, str]]:
+        if self.data is None:
+            return {GENERATED_TASK: generator()}
+        return {task: digests(glue_files(self.data / "glue", task).values()) for task in self.tasks}
 
     def gold(self, task: str) -> dict[str, list[int]]:
         """The classes of every row of a task's dev sets."""
@@ -179,3 +183,13 @@ class Sources:
         with source.open("rb") as file, atomic_write(target, "w") as written:
             lines = (line for _, line in read_lines(file, CorpusError))
             written.writelines(f"{line}\n" for line in islice(lines, self.scale.text_lines))
+
+
+def digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Names of files, each with a digest of its content."""
+    return {path.name: digest(path) for path in paths}
+
+
+def generator() -> dict[str, str]:
+    """What generated data are made by; other code may make other data."""
+    return {GENERATED: digest(generated.__file__)}

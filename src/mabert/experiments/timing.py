@@ -96,8 +96,9 @@ def measure(timing: Timing) -> dict[str, Any]:
         compile_in_place(model)
         try:
             ways["compiled"] = measure_as_it_is(model, timing)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            ways["compiled"] = {"does_not_compile": f"{type(error).__name__}: {error}"[:500]}
+        except (MemoryError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
+            why = "out_of_memory" if is_out_of_memory(error) else "does_not_compile"
+            ways["compiled"] = {why: f"{type(error).__name__}: {error}"[:500]}
     way = min(ways, key=lambda name: ways[name].get("median_ms", float("inf")))
     if timing.compiled:
         result |= {"way": way, "other_ways": {name: ways[name] for name in ways if name != way}}

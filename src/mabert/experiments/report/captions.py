@@ -34,6 +34,20 @@ def seeds(results: Results, models: Sequence[str]) -> str:
     )
 
 
+def trained_again(results: Results, names: Iterable[str]) -> list[str]:
+    """A remark where cells started from other weights than those that their model's pretraining cell tells of."""
+    models = []
+    for name in names:
+        _, model, seed, *_ = name.split("/")
+        pretraining = results.found([f"pretraining/{model.partition('~')[0]}/{seed}"])
+        weights = {record.result.get("weights") for record in (*pretraining, *results.found([name]))} - {None}
+        if len(weights) > 1 and model not in models:
+            models.append(model)
+    if not models:
+        return []
+    return [f"Pretrained again since, by the same choices: {', '.join(models)}. Its numbers are of several models."]
+
+
 def _pretraining_counts(results: Results, models: Sequence[str]) -> list[int]:
     return [len(results.pretraining_seeds(model)) for model in models if results.is_measured(model)]
 

@@ -106,6 +106,12 @@ def model_name(architecture: str, budget: float = 1.0) -> str:
     return f"{architecture}{at(budget)}"
 
 
+def budget_of(model: str) -> float:
+    """The share of the steps that such a name tells."""
+    _, _, percent = model.partition("~")[0].partition("@")
+    return float(percent) / 100 if percent else 1.0
+
+
 @dataclass(frozen=True)
 class Results:
     """All cells of one scale."""
@@ -173,6 +179,11 @@ class Results:
             return Measured(columns[0].names, ())
         runs = zip(*(column.values for column in columns), strict=True)
         return Measured(columns[0].names, tuple(mean_and_spread(run)[0] for run in runs))
+
+    def budgets(self) -> list[float]:
+        """The shares of the steps after which any model was pretrained or fine-tuned, the smallest first."""
+        models = {name[0] for kind in ("pretraining", "finetuning") for name in self.of(kind)}
+        return sorted({budget_of(model) for model in models})
 
     def is_measured(self, model: str) -> bool:
         """Whether any cell pretrains or fine-tunes it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mabert.experiments.architectures import BASELINES
 from mabert.experiments.comparison import mean_and_spread
@@ -101,6 +102,10 @@ class Group:
         names = {length: self.name(kind, model, length) for length in self.lengths(kind)}
         return {length: self.results.records[name] for length, name in names.items() if name in self.results.records}
 
+    def published(self, quantity: Quantity) -> dict[str, dict[str, Any]]:
+        """The paper's numbers; none beside batches of mixed lengths, which the paper did not measure."""
+        return {} if PROTOCOLS[self.protocol].choices.get("mixed_lengths") else published()[quantity.published]
+
     def about(self, *kinds: str) -> str:
         """The protocol, and what the cells say of it."""
         found = self.results.found(self.wanted(*kinds))
@@ -150,7 +155,7 @@ class Group:
 
     def table(self, quantity: Quantity) -> Table:
         """Table B5, B6 or B7."""
-        lengths, paper = self.lengths(quantity.kind), published()[quantity.published]
+        lengths, paper = self.lengths(quantity.kind), self.published(quantity)
         prefix = "mem@" if quantity is MEMORY else ""
         columns = [Column(f"{length:,}", (quantity.unit,), "low") for length in lengths]
         rows, first_counts = [], False
@@ -161,7 +166,7 @@ class Group:
             if model in paper:
                 beside = [paper[model].get(f"{prefix}{length}") for length in lengths]
                 rows.append(Row(model, [_number(value) if value else Entry(DASH) for value in beside], "published"))
-        notes = [PUBLISHED_ON]
+        notes = [PUBLISHED_ON] if paper else []
         if quantity is MEMORY and self.protocol == "cpu":
             notes.append("Ours is what is resident, Python and its libraries included.")
         if first_counts:
@@ -180,17 +185,18 @@ class Group:
                 }
                 for length in self.lengths(quantity.kind)
             }
-            paper = published()[quantity.published]
-            theirs = {int(length): {model: paper[model][length] for model in SIX} for length in paper["MaBERT"]}
             rows.append(Row(quantity.title, _ratio(headline(ours)), "ours"))
-            rows.append(Row(quantity.title, _ratio(headline(theirs)), "published"))
+            if paper := self.published(quantity):
+                theirs = {int(length): {model: paper[model][length] for model in SIX} for length in paper["MaBERT"]}
+                rows.append(Row(quantity.title, _ratio(headline(theirs)), "published"))
         caption = (
             f"Mean time of {', '.join(BASELINES)} over MaBERT's, at the longest length that all six have a time for. "
             f"{self.about(*KINDS)}"
         )
         title = f"Headline · Baselines over MaBERT, {self.protocol}, {self.precision}"
         columns = [Column("tokens"), Column("mean of the five", ("ms",)), Column("MaBERT", ("ms",)), Column("ratio")]
-        return Table(title, caption, columns, rows, self.wanted(*KINDS, models=SIX), [PUBLISHED_ON], head="")
+        notes = [PUBLISHED_ON] if self.published(TRAINING) else []
+        return Table(title, caption, columns, rows, self.wanted(*KINDS, models=SIX), notes, head="")
 
 
 def value(quantity: Quantity, record: Record) -> float:

@@ -48,38 +48,38 @@ Point = Callable[[str, float], tuple[float, float | None] | None]
 
 
 def patterns(results: Results) -> Section | None:
-    """Table 1."""
-    budget = results.scale.pattern_budget
-    models = [
-        (pattern, model)
-        for pattern in PATTERNS
-        if pattern in results.scale.patterns or results.is_measured(model_name(named(pattern), budget))
-        for model in [model_name(named(pattern), budget)]
-    ]
-    if not is_compared(results, models):
-        return None
-    table = score_table(
-        results,
-        f"Table 1 · Order of the layers, {budget:.0%} of the pretraining steps",
-        models,
-        published()["table1_patterns_10pct"],
-        about=f"M is a Mamba layer, T a Transformer layer; {PATTERN} is MaBERT.",
-        head="pattern",
-        has_pretraining=True,
-        notes=() if budget == 0.1 else ["Published: after 10% of the paper's steps."],
-    )
-    return Section("patterns", "Layer patterns", [table, *comparison_tables(results, models)])
+    """Table 1, for each budget after which several patterns were measured."""
+    tables = []
+    for budget in results.budgets():
+        models = [(pattern, model_name(named(pattern), budget)) for pattern in PATTERNS]
+        planned = results.scale.patterns if budget == results.scale.pattern_budget else ()
+        models = [row for row in models if row[0] in planned or results.is_measured(row[1])]
+        if not is_compared(results, models):
+            continue
+        table = score_table(
+            results,
+            f"Table 1 · Order of the layers, {budget:.0%} of the pretraining steps",
+            models,
+            published()["table1_patterns_10pct"],
+            about=f"M is a Mamba layer, T a Transformer layer; {PATTERN} is MaBERT.",
+            head="pattern",
+            has_pretraining=True,
+            notes=() if budget == 0.1 else ["Published: after 10% of the paper's steps."],
+        )
+        tables += [table, *comparison_tables(results, models)]
+    return Section("patterns", "Layer patterns", tables) if tables else None
 
 
 def budgets(results: Results) -> Section | None:
     """Figure 3, and its numbers in Tables B1 to B3 and 2."""
     names = ("MaBERT", *BASELINES)
     tables, measured = [], []
-    for budget, (title, source) in BUDGETS.items():
+    for budget in results.budgets():
         models = [(name, model_name(name, budget)) for name in names]
         if results.scores() and is_compared(results, models):
+            title, source = BUDGETS.get(budget, ("Pretraining budget", ""))
             title = f"{title} · {budget:.0%} of the pretraining steps"
-            tables.append(score_table(results, title, models, published()[source]))
+            tables.append(score_table(results, title, models, published()[source] if source else {}))
             measured.append(budget)
     if not tables:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mabert.experiments.comparison import mean_and_spread
-from mabert.experiments.report.captions import at_scale, counted, matched, seeds
+from mabert.experiments.report.captions import at_scale, counted, matched, seeds, trained_again
 from mabert.experiments.report.collect import Models, Results, Score
 from mabert.experiments.report.markup import DASH, Column, Entry, Row, Source, Table, entry
 from mabert.experiments.report.pretraining import first_length, held_out, parameters
@@ -62,6 +62,7 @@ def score_table(
     wanted = [name for model in names for score in scores for name in results.finetunings(model, score.task)]
     if has_pretraining:
         wanted += [name for model in names for name in results.pretrainings(model)]
+    notes = [*notes, *trained_again(results, wanted)]
     if paper and not has_published:
         notes = [*notes, "The published scores are those of GLUE tasks, none of which was run here."]
     caption = " ".join(filter(None, (about, seeds(results, names), matched(results, names))))
