@@ -281,8 +281,8 @@ def attention() -> dict[str, object]:
                 with torch.inference_mode():
                     both = timings(
                         {
-                            "grid": partial(layer._attend_in_grid, qkv, layout),
-                            "one by one": partial(layer._attend_one_by_one, qkv, layout),
+                            "grid": partial(layer.attention._attend_in_grid, qkv, layout),
+                            "one by one": partial(layer.attention._attend_one_by_one, qkv, layout),
                         },
                         seconds=0.4,
                     )

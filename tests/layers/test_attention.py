@@ -5,7 +5,7 @@ import torch
 
 from mabert import MaBertConfig
 from mabert.layers import attention
-from mabert.layers.attention import SelfAttention, grid_is_cheaper, rotary_angles, rotate
+from mabert.layers.attention import Attention, SelfAttention, grid_is_cheaper, rotary_angles, rotate
 from mabert.ops import SequenceLayout
 
 
@@ -23,9 +23,9 @@ def layout_of(lengths):
 
 def test_grid_and_one_call_a_sequence_agree_and_the_cheaper_one_is_taken(layer, monkeypatch):
     calls = []
-    attend = SelfAttention._attend
+    attend = Attention._attend
     monkeypatch.setattr(
-        SelfAttention, "_attend", lambda self, qkv, *a, **k: calls.append(qkv.shape) or attend(self, qkv, *a, **k)
+        Attention, "_attend", lambda self, qkv, *a, **k: calls.append(qkv.shape) or attend(self, qkv, *a, **k)
     )
     lengths = [5, 0, 1, 9, 2]
     x = torch.randn(17, 16)
@@ -66,7 +66,7 @@ def test_packed_attention_needs_no_memory_that_grows_with_the_square_of_the_leng
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
         layout = SequenceLayout.build(1, sum(lengths), "cpu", packed=True, cu_seq_lens=cu)
         x = torch.randn(sum(lengths), 64, requires_grad=True)
-        layer.config.attention_probs_dropout_prob = {dropout}
+        layer.attention.config.attention_probs_dropout_prob = {dropout}
         measured(lambda: layer(x, layout).sum().backward())
         """
     )
@@ -81,7 +81,7 @@ def test_dropout_over_long_sequences_takes_the_same_gradients_as_in_one_piece(la
 
     def outputs(dropout, scores):
         monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores)
-        monkeypatch.setattr(layer.config, "attention_probs_dropout_prob", dropout)
+        monkeypatch.setattr(layer.attention.config, "attention_probs_dropout_prob", dropout)
         torch.manual_seed(3)
         leaf = x.clone().requires_grad_()
         y = layer(leaf, layout)
@@ -115,7 +115,7 @@ def test_flash_attention_gets_the_boundaries_and_no_mask(layer, monkeypatch):
         return value.transpose(1, 2), None
 
     monkeypatch.setattr(attention.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *a: interface)
-    layer.config._attn_implementation = "flash_attention_2"
+    layer.attention.config._attn_implementation = "flash_attention_2"
     layer(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
     assert seen["cu_seq_lens_q"].tolist() == seen["cu_seq_lens_k"].tolist() == [0, 5, 5, 6, 15, 17]
     assert seen["max_length_q"] == seen["max_length_k"] == 9
@@ -127,17 +127,17 @@ def test_flash_attention_gets_the_boundaries_and_no_mask(layer, monkeypatch):
 def test_packed_attention_in_half_precision_on_a_gpu_is_torchs_own(layer, monkeypatch):
     seen = []
 
-    def varlen(query, key, value, starts, ends, *longest):
-        seen.append((query.shape, starts.tolist(), ends.tolist(), longest))
+    def varlen(query, key, value, starts, ends, *longest, window_size):
+        seen.append((query.shape, starts.tolist(), ends.tolist(), longest, window_size))
         return value
 
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(attention, "varlen_runs", lambda qkv, dropout: dropout == 0)
     layer(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
-    assert seen == [((17, 2, 8), [0, 5, 5, 6, 15, 17], [0, 5, 5, 6, 15, 17], (9, 9))]
-    layer.config.attention_probs_dropout_prob = 0.1
+    assert seen == [((17, 2, 8), [0, 5, 5, 6, 15, 17], [0, 5, 5, 6, 15, 17], (9, 9), (-1, -1))]
+    layer.attention.config.attention_probs_dropout_prob = 0.1
     layer.train()(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
-    layer.config._attn_implementation = "eager"
+    layer.attention.config._attn_implementation = "eager"
     layer.eval()(torch.randn(17, 16), layout_of([5, 0, 1, 9, 2]))
     assert len(seen) == 1
 

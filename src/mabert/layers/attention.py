@@ -5,8 +5,10 @@ Shape suffixes: B batch, L length, T real tokens in all, S sequences, H hidden, 
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mabert.config import MaBertConfig
@@ -41,32 +43,26 @@ def eager_attention(
     return (dropped @ value).transpose(1, 2), weights
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention among the real tokens of each sequence (MHSA of Eq. 1); pad keys never enter the softmax."""
+class Attention(nn.Module):
+    """Softmax attention among the real tokens of each sequence, by the kernel that suits the layout; no parameters.
 
-    is_causal = False
+    Args:
+        is_causal: a query sees the keys up to and with its own.
+        window: so many of them at most, counted from its own backwards; None for all.
+    """
 
-    def __init__(self, config: MaBertConfig):
+    def __init__(self, config: PreTrainedConfig, *, is_causal: bool = False, window: int | None = None):
         super().__init__()
-        self.config = config
-        self.head_size = config.head_size
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.rope_theta = config.rope_parameters["rope_theta"] if config.position_embedding_type == "rope" else None
+        self.config, self.is_causal, self.window = config, is_causal, window
 
-    def forward(self, x: Tensor, layout: SequenceLayout) -> Tensor:
-        """(T, H) packed or (B, L, H) padded, to the same shape."""
-        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))
-        if self.rope_theta is not None:
-            query, key, value = qkv.unbind(-3)
-            cos, sin = rotary_angles(layout.positions, self.head_size, self.rope_theta, query.dtype)
-            qkv = torch.stack((rotate(query, cos, sin), rotate(key, cos, sin), value), dim=-3)
+    def forward(self, qkv: Tensor, layout: SequenceLayout) -> Tensor:
+        """(T, 3, K, P) packed or (B, L, 3, K, P) padded, to (T, K, P) or (B, L, K, P)."""
         if not layout.packed:
-            y = self._attend(qkv, layout.mask_BL)
-        elif not torch.compiler.is_compiling() and layout.num_tokens == 0:
-            y = qkv[:, 2]  # nobody is there to attend
-        elif self._flash:
-            y = self._attend(
+            return self._attend(qkv, layout.mask_BL)
+        if not torch.compiler.is_compiling() and layout.num_tokens == 0:
+            return qkv[:, 2]  # nobody is there to attend
+        if self._flash:
+            return self._attend(
                 qkv[None],
                 None,
                 cu_seq_lens_q=layout.cu_seqlens,
@@ -74,20 +70,22 @@ class SelfAttention(nn.Module):
                 max_length_q=layout.max_length,
                 max_length_k=layout.max_length,
             )[0]
-        elif self.config._attn_implementation == "sdpa" and varlen_runs(qkv, self._dropout):
+        if self.config._attn_implementation == "sdpa" and varlen_runs(qkv, self._dropout):
             query, key, value = qkv.unbind(1)
             ends, longest = layout.cu_seqlens, layout.max_length
-            attended = varlen_attn(query, key, value, ends, ends, longest, longest)
+            left, right = -1 if self.window is None else self.window - 1, 0 if self.is_causal else -1
+            attended = varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(left, right))
             assert isinstance(attended, Tensor)
-            y = attended
-        elif torch.compiler.is_compiling() or grid_is_cheaper(layout, qkv.shape[-2:].numel()):
-            y = self._attend_in_grid(qkv, layout)  # which of the two is cheaper depends on the data: not when compiled
-        else:
-            y = self._attend_one_by_one(qkv, layout)
-        return self.out_proj(y.flatten(-2))
+            return attended
+        # which of the two is cheaper depends on the data: not when compiled
+        if torch.compiler.is_compiling() or grid_is_cheaper(layout, qkv.shape[-2:].numel()):
+            return self._attend_in_grid(qkv, layout)
+        return self._attend_one_by_one(qkv, layout)
 
     def _attend_in_grid(self, qkv: Tensor, layout: SequenceLayout) -> Tensor:
-        return layout.from_grid(self._attend(layout.to_grid(qkv), layout.grid_mask()))
+        # behind a sequence's end stands nothing that an earlier query would see
+        mask = None if self.is_causal else layout.grid_mask()
+        return layout.from_grid(self._attend(layout.to_grid(qkv), mask))
 
     def _attend_one_by_one(self, qkv: Tensor, layout: SequenceLayout) -> Tensor:
         parts = qkv.split(layout.lengths_S.tolist())
@@ -103,33 +101,88 @@ class SelfAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, mask_BL: Tensor | None, **kwargs: object) -> Tensor:
         """(B, L, 3, K, P) to (B, L, K, P)."""
-        if mask_BL is not None and not self._flash:
+        mask = None
+        if mask_BL is not None:
             # a row of pads attends to itself: its output is dropped, but an empty softmax would be NaN
-            mask_BL = (mask_BL | ~mask_BL.any(dim=1, keepdim=True))[:, None, None, :]
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            mask = mask_BL if self._flash else (mask_BL | ~mask_BL.any(dim=1, keepdim=True))[:, None, None, :]
         query, key, value = qkv.transpose(1, 3).unbind(2)
-        dropout = self._dropout
-
-        def attend(query: Tensor) -> Tensor:
-            output, _ = interface(
-                self,
-                query,
-                key,
-                value,
-                mask_BL,
-                dropout=dropout,
-                scaling=self.head_size**-0.5,
-                is_causal=False,
-                **kwargs,
-            )
-            return output
-
+        if self._flash and self.window is not None:
+            kwargs["sliding_window"] = self.window
+        dropout, length = self._dropout, query.shape[2]
         if dropout and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
             queries = max(1, SCORES_AT_ONCE // (query.shape[:-1].numel() or 1))
-            if queries < query.shape[2]:
-                chunks = query.split(queries, dim=2)
-                return torch.cat([checkpoint(attend, chunk, use_reentrant=False) for chunk in chunks], dim=1)
-        return attend(query)
+            if queries < length:
+                attended = []
+                for start in range(0, length, queries):
+                    end = min(start + queries, length)
+                    seen = self._seen(start, end, length, qkv.device) if self.is_causal else mask
+                    chunk = query[:, :, start:end]
+                    attended.append(checkpoint(self._call, chunk, key, value, seen, use_reentrant=False))
+                return torch.cat(attended, dim=1)
+        if self.is_causal and not self._flash and not self._interface_is_causal:
+            mask = self._seen(0, length, length, qkv.device)
+        return self._call(query, key, value, mask, **kwargs)
+
+    @property
+    def _interface_is_causal(self) -> bool:
+        return self.window is None and self.config._attn_implementation == "sdpa"
+
+    def _seen(self, start: int, end: int, length: int, device: torch.device) -> Tensor:
+        """(end - start, length) bool, True where a query sees a key."""
+        query, key = torch.arange(start, end, device=device)[:, None], torch.arange(length, device=device)
+        return sees(query, key, self.window)
+
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object) -> Tensor:
+        """(B, K, L, P) each to (B, L, K, P)."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, _ = interface(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self._dropout,
+            scaling=query.shape[-1] ** -0.5,
+            is_causal=self.is_causal and mask is None,
+            **kwargs,
+        )
+        return output
+
+    def with_past(self, query_TKP: Tensor, key_SMKP: Tensor, value_SMKP: Tensor, layout: SequenceLayout) -> Tensor:
+        """Queries of new tokens over all keys of their sequences, each at the place of its index: (T, K, P)."""
+        index_SQ, index_M = layout.to_grid(layout.indices_T), torch.arange(key_SMKP.shape[1], device=key_SMKP.device)
+        mask_SQM = sees(index_SQ.unsqueeze(-1), index_M, self.window)
+        heads_first = (t.transpose(1, 2) for t in (layout.to_grid(query_TKP), key_SMKP, value_SMKP))
+        query, key, value = heads_first
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SQM[:, None])
+        return layout.from_grid(attended.transpose(1, 2))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among the real tokens of each sequence (MHSA of Eq. 1); pad keys never enter the softmax."""
+
+    def __init__(self, config: MaBertConfig):
+        super().__init__()
+        self.head_size = config.head_size
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.attention = Attention(config)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.rope_theta = config.rope_parameters["rope_theta"] if config.position_embedding_type == "rope" else None
+
+    def forward(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """(T, H) packed or (B, L, H) padded, to the same shape."""
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))
+        if self.rope_theta is not None:
+            query, key, value = qkv.unbind(-3)
+            cos, sin = rotary_angles(layout.positions, self.head_size, self.rope_theta, query.dtype)
+            qkv = torch.stack((rotate(query, cos, sin), rotate(key, cos, sin), value), dim=-3)
+        return self.out_proj(self.attention(qkv, layout).flatten(-2))
+
+
+def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Whether queries at these indices see keys at those (broadcast): up to their own, `window` of them at most."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 def varlen_runs(qkv: Tensor, dropout: float) -> bool:

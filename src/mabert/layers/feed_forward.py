@@ -1,15 +1,14 @@
 """The position-wise feed-forward network that closes every layer."""
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-
-from mabert.config import MaBertConfig
 
 
 class FeedForward(nn.Module):
     """Linear, activation, linear."""
 
-    def __init__(self, config: MaBertConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]

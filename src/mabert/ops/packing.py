@@ -3,7 +3,7 @@
 Shape suffixes: B batch, L length, T real tokens in all, S sequences, H features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class SequenceLayout:
             0 at pads.
         grid_indices_T: int64, the flat position of each real token in an (S, max_length) grid, one row a sequence;
             None when the tokens fill the grid in order.
+        past_S: int64, tokens of each sequence that came before, in an earlier batch; None for none.
     """
 
     batch_size: int
@@ -38,6 +39,8 @@ class SequenceLayout:
     max_length: int
     positions: Tensor
     grid_indices_T: Tensor | None
+    past_S: Tensor | None = None
+    _splits: dict[int, "Split"] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -125,6 +128,16 @@ class SequenceLayout:
             ids_T * max_length + offsets_T,
         )
 
+    @classmethod
+    def of_lengths(cls, lengths_S: Tensor) -> "SequenceLayout":
+        """Packed sequences of these lengths and nothing else, in one row."""
+        cu_seqlens = torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).to(torch.int32)
+        total, longest = int(cu_seqlens[-1]), int(lengths_S.max()) if len(lengths_S) else 0
+        ids_T = torch.arange(len(lengths_S), device=lengths_S.device).repeat_interleave(lengths_S, output_size=total)
+        offsets_T = torch.arange(total, device=lengths_S.device) - cu_seqlens[ids_T].long()
+        grid = None if total == longest * len(lengths_S) else ids_T * longest + offsets_T
+        return cls(1, total, True, None, None, cu_seqlens, longest, offsets_T, grid)
+
     @property
     def num_sequences(self) -> int:
         """S, empty sequences included."""
@@ -147,6 +160,37 @@ class SequenceLayout:
             return self.grid_indices_T // self.max_length
         ids_S = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
         return ids_S.repeat_interleave(self.max_length)
+
+    @property
+    def indices_T(self) -> Tensor:
+        """Index of each real token among its own sequence's, those that came before included, int64."""
+        ids_T = self.sequence_ids_T
+        offsets_T = torch.arange(len(ids_T), device=ids_T.device) - self.cu_seqlens[ids_T].long()
+        return offsets_T if self.past_S is None else offsets_T + self.past_S[ids_T]
+
+    @property
+    def ends_S(self) -> Tensor:
+        """Tokens of each sequence up to the end of this batch, int64."""
+        return self.lengths_S if self.past_S is None else self.past_S + self.lengths_S
+
+    def split(self, point: int) -> "Split":
+        """Part each sequence at its token of index `point` (which is in the second part). For packed layouts."""
+        if point not in self._splits:
+            self._splits[point] = self._split(point)
+        return self._splits[point]
+
+    def _split(self, point: int) -> "Split":
+        lengths_S = self.lengths_S
+        past_S = 0 if self.past_S is None else self.past_S
+        before_S = (point - past_S - torch.zeros_like(lengths_S)).clamp(min=0).minimum(lengths_S)
+        before, after = SequenceLayout.of_lengths(before_S), SequenceLayout.of_lengths(lengths_S - before_S)
+        before = replace(before, past_S=self.past_S)
+        after = replace(after, past_S=past_S + before_S)
+        if self.grid_indices_T is None and before.grid_indices_T is None:  # every sequence at the same place
+            return Split(self.num_sequences, before, after, None, None)
+        is_before_T = self.indices_T < point
+        tokens_before, tokens_after = (mask_T.nonzero().squeeze(1) for mask_T in (is_before_T, ~is_before_T))
+        return Split(self.num_sequences, before, after, tokens_before, tokens_after)
 
     def has_interior_pads(self) -> bool:
         """Whether some pad lies between two real tokens of one row."""
@@ -184,6 +228,43 @@ class SequenceLayout:
         if self.grid_indices_T is None:
             return None
         return torch.arange(self.max_length, device=self.cu_seqlens.device) < self.lengths_S[:, None]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The sequences of a packed layout in two parts, each of which holds all of them, some perhaps empty.
+
+    Attributes:
+        before, after: the layouts of the two parts.
+        tokens_before, tokens_after: indices among the T tokens; None when all are parted at the same place.
+    """
+
+    num_sequences: int
+    before: SequenceLayout
+    after: SequenceLayout
+    tokens_before: Tensor | None
+    tokens_after: Tensor | None
+
+    def take(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, ...) as the tokens before and those after."""
+        if self.tokens_before is not None and self.tokens_after is not None:
+            return x_T.index_select(0, self.tokens_before), x_T.index_select(0, self.tokens_after)
+        x_SL = x_T.unflatten(0, (self.num_sequences, -1)) if len(x_T) else x_T[None]
+        before, after = x_SL.split((self.before.max_length, self.after.max_length), dim=1)
+        return before.flatten(0, 1), after.flatten(0, 1)
+
+    def join(self, before_T: Tensor, after_T: Tensor) -> Tensor:
+        """The inverse of `take`."""
+        if not len(before_T):
+            return after_T
+        if not len(after_T):
+            return before_T
+        both_T = torch.cat((before_T, after_T))
+        if self.tokens_before is not None and self.tokens_after is not None:
+            places_T = torch.cat((self.tokens_before, self.tokens_after))
+            return torch.empty_like(both_T).index_copy(0, places_T, both_T)
+        parts = (part.unflatten(0, (self.num_sequences, -1)) for part in (before_T, after_T))
+        return torch.cat(tuple(parts), dim=1).flatten(0, 1)
 
 
 def _seq_idx_from_boundaries(

@@ -6,8 +6,7 @@ advanced together (the longest sequences first, so that the ones still running a
 are vectorised over a chunk; only the recurrence itself is a loop. The forward keeps one state every CHUNK·GROUP steps,
 the backward recomputes what lies between.
 
-Shape suffixes: T real tokens in all, S sequences, E inner, N state, P places in the schedule (T rounded up to chunks),
-K chunks advanced together, J steps in a chunk.
+Shape suffixes: T real tokens in all, S sequences, E inner, N state, K chunks advanced together, J steps in a chunk.
 """
 
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mabert.ops.chunks import ChunkSchedule
 from mabert.ops.selective_scan.kept import KEPT_EVERY
 
 CHUNK = 8
@@ -23,66 +23,10 @@ GROUP = KEPT_EVERY // CHUNK
 
 
 @dataclass(frozen=True)
-class _Schedule:
-    """Where each real token goes: `token_T[i]` of the input stands at `place_T[i]` of the schedule."""
-
-    token_T: Tensor
-    place_T: Tensor
-    places: int
-    rank_S: Tensor  # the sequence at each rank, longest first
-    running: list[int]  # how many sequences reach each chunk
-    offsets: list[int]  # first chunk row of each chunk index
-
-    @classmethod
-    def build(
-        cls, batch_size: int, length: int, mask_BL: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, device
-    ) -> "_Schedule":
-        if cu_seqlens is None:
-            starts_S = torch.arange(batch_size, device=device) * length
-            spans_S = torch.full((batch_size,), length, device=device)
-        else:
-            starts_S, spans_S = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        sequences = spans_S.numel()
-        sequence_T = torch.arange(sequences, device=device).repeat_interleave(spans_S, output_size=batch_size * length)
-        token_T = torch.arange(batch_size * length, device=device)
-        lengths_S = spans_S
-        if mask_BL is not None:
-            token_T = mask_BL.reshape(-1).nonzero().squeeze(1)
-            sequence_T = sequence_T[token_T]
-            lengths_S = torch.bincount(sequence_T, minlength=sequences)
-            starts_S = F.pad(lengths_S.cumsum(0), (1, 0))[:-1]
-        step_T = torch.arange(token_T.numel(), device=device) - starts_S[sequence_T]
-        if reverse:
-            step_T = lengths_S[sequence_T] - 1 - step_T
-
-        rank_S = lengths_S.argsort(descending=True, stable=True)
-        rank_of_S = torch.empty_like(rank_S)
-        rank_of_S[rank_S] = torch.arange(sequences, device=device)
-        chunks_S = -(-lengths_S // CHUNK)
-        running_K = (chunks_S[:, None] > torch.arange(int(chunks_S.max()) if sequences else 0, device=device)).sum(0)
-        offset_K = F.pad(running_K.cumsum(0), (1, 0))
-        place_T = (offset_K[step_T // CHUNK] + rank_of_S[sequence_T]) * CHUNK + step_T % CHUNK
-        return cls(token_T, place_T, int(offset_K[-1]) * CHUNK, rank_S, running_K.tolist(), offset_K[:-1].tolist())
-
-    def gather(self, x_BLF: Tensor) -> Tensor:
-        """(B, L, F) -> (P / CHUNK, CHUNK, F), zero at places without a token."""
-        features = x_BLF.shape[-1]
-        x_TF = x_BLF.reshape(-1, features).index_select(0, self.token_T)
-        return x_TF.new_zeros(self.places, features).index_copy_(0, self.place_T, x_TF).view(-1, CHUNK, features)
-
-    def scatter(self, x_KJF: Tensor, like_BLF: Tensor) -> Tensor:
-        """The inverse of `gather`, in the shape and dtype of `like_BLF`, zero at masked tokens."""
-        features = like_BLF.shape[-1]
-        x_TF = x_KJF.reshape(-1, features).index_select(0, self.place_T).to(like_BLF.dtype)
-        out = x_TF.new_zeros(like_BLF.shape[0] * like_BLF.shape[1], features)
-        return out.index_copy_(0, self.token_T, x_TF).view(like_BLF.shape)
-
-
-@dataclass(frozen=True)
 class _Chunks:
     """The scan's inputs in the order of the schedule, at least fp32, Δ ready to use."""
 
-    schedule: _Schedule
+    schedule: ChunkSchedule
     x: Tensor
     delta: Tensor
     A_EN: Tensor
@@ -92,14 +36,14 @@ class _Chunks:
     @classmethod
     def build(cls, x, delta, A, B, C, delta_bias, mask, cu_seqlens, delta_softplus, reverse) -> "_Chunks":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        schedule = _Schedule.build(x.shape[0], x.shape[1], mask, cu_seqlens, reverse, x.device)
+        schedule = ChunkSchedule.build(
+            CHUNK, x.shape[0], x.shape[1], x.device, mask_BL=mask, cu_seqlens=cu_seqlens, reverse=reverse
+        )
         delta = schedule.gather(delta.to(dtype))
         if delta_bias is not None or delta_softplus:
             delta = delta if delta_bias is None else delta + delta_bias.to(dtype)
             delta = F.softplus(delta) if delta_softplus else delta
-            real = torch.zeros(schedule.places, dtype=torch.bool, device=x.device)
-            real[schedule.place_T] = True
-            delta = delta.where(real.view(-1, CHUNK, 1), delta.new_zeros(()))
+            delta = delta.where(schedule.is_real().unsqueeze(-1), delta.new_zeros(()))
         gathered = [schedule.gather(t.to(dtype)) for t in (x, B, C)]
         return cls(schedule, gathered[0], delta, A.to(dtype), gathered[1], gathered[2])
 
@@ -224,7 +168,7 @@ def backward(
     if delta_softplus:
         ddelta *= 1 - torch.exp(-chunks.delta)  # softplus' = sigmoid, written through softplus itself
     if delta_bias is not None:
-        ddelta_bias = ddelta.flatten(0, 1).index_select(0, schedule.place_T).sum(0).to(delta_bias.dtype)
+        ddelta_bias = ddelta[schedule.is_real()].sum(0).to(delta_bias.dtype)
     if initial_state is not None:
         dinitial = torch.empty_like(dh_SEN)
         dinitial[schedule.rank_S] = dh_SEN

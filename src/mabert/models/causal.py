@@ -1,0 +1,369 @@
+"""Causal language models: TransMamba, and hybrids of attention and SSM by layer, as transformers models.
+
+Shape suffixes: B batch, L length, T real tokens in all, S sequences, H hidden, V vocabulary.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from mabert.causal_config import CausalConfig, HybridConfig, TransMambaConfig
+from mabert.layers.causal_attention import CausalSelfAttention
+from mabert.layers.feed_forward import FeedForward
+from mabert.layers.mamba2 import Mamba2Mixer
+from mabert.layers.memory import LayerMemory
+from mabert.layers.transmamba import TransMambaMixer
+from mabert.models.cache import CausalCache
+from mabert.models.encoder import IGNORED
+from mabert.models.init import init_module
+from mabert.ops import SequenceLayout
+
+
+class CausalLayer(GradientCheckpointingLayer):
+    """Pre-norm residual mixer and feed-forward network."""
+
+    def __init__(self, config: CausalConfig, layer: int):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = make_mixer(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x_TH: Tensor, layout: SequenceLayout, memory: LayerMemory | None = None) -> Tensor:
+        """(T, H) to (T, H)."""
+        x_TH = x_TH + self.dropout(self.mixer(self.mixer_norm(x_TH), layout, memory))
+        return x_TH + self.dropout(self.ffn(self.ffn_norm(x_TH)))
+
+
+def make_mixer(config: CausalConfig, layer: int) -> nn.Module:
+    """What mixes the tokens in a layer."""
+    if isinstance(config, TransMambaConfig):
+        return TransMambaMixer(config, layer)
+    assert isinstance(config, HybridConfig)
+    return CausalSelfAttention(config) if config.pattern[layer] == "T" else Mamba2Mixer(config)
+
+
+class CausalPreTrainedModel(PreTrainedModel):
+    """What every causal model shares: initial values, abilities."""
+
+    config: CausalConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["CausalLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
+
+    def __init__(self, config: CausalConfig):
+        super().__init__(config)
+        config.check()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `generate` leaves it to the model to make its cache
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_module(module, self.config)
+
+
+class CausalModel(CausalPreTrainedModel):
+    """Token embeddings, the layers, a final norm. Runs on real tokens only, whatever the batch looks like."""
+
+    def __init__(self, config: CausalConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(CausalLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embeddings."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        assert isinstance(value, nn.Embedding)
+        self.word_embeddings = value
+
+    def run(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Any = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: CausalCache | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Tensor, SequenceLayout, tuple[Tensor, ...] | None]:
+        """Run the layers without leaving packed execution; what the head builds on. For the inputs see `forward`.
+
+        Returns:
+            The final norm's output (T, H); the layout; and the hidden states (B, L, H) before each layer and after the
+            last one, when asked for.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        layout = self._layout(
+            input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, past_key_values
+        )
+        x = self.word_embeddings(layout.unpad(input_ids)) if input_ids is not None else layout.unpad(inputs_embeds)
+        x = self.dropout(x)
+        hidden_states: list[Tensor] | None = [] if output_hidden_states else None
+        memories = [None] * len(self.layers) if past_key_values is None else past_key_values.memories
+        for layer, memory in zip(self.layers, memories, strict=True):
+            if hidden_states is not None:
+                hidden_states.append(layout.repad(x))
+            x = layer(x, layout, memory)
+        x = self.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(layout.repad(x))
+        if past_key_values is not None:
+            past_key_values.advance(layout)
+        return x, layout, tuple(hidden_states) if hidden_states is not None else None
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: CausalCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read a batch, or its next tokens.
+
+        Args:
+            input_ids: (B, L) token ids; or inputs_embeds: (B, L, H).
+            attention_mask: (B, L), non-zero at real tokens, in any layout; with a cache (B, L so far + L).
+            position_ids: (B, L), for rotary positions; by default a token's index among its own sequence's real tokens.
+                The TransPoint goes by that index in any case.
+            seq_idx: (B, L), the sequence of each token within its row, negative at pads: several sequences in a row.
+            cu_seq_lens_q: (S+1,), the same for one row as boundaries.
+            past_key_values: what came before, from an earlier output.
+            use_cache: remember what came so far, to go on from; by default `config.use_cache`, in training never.
+
+        Returns:
+            last_hidden_state (B, L, H), zero at pads; past_key_values.
+
+        Raises:
+            ValueError: the inputs disagree.
+        """
+        check_ignored(kwargs)
+        cache = self.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q)
+        x, layout, hidden_states = self.run(
+            input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=layout.repad(x), past_key_values=cache, hidden_states=hidden_states
+        )
+
+    def cache(
+        self,
+        past_key_values: CausalCache | None,
+        use_cache: bool | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens: Tensor | None,
+    ) -> CausalCache | None:
+        """The given cache, or a new one where one is wanted."""
+        is_packed = seq_idx is not None or cu_seq_lens is not None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not is_packed
+        if past_key_values is None and not use_cache:
+            return None
+        if is_packed:
+            raise ValueError("A cache remembers rows, not several sequences in one: leave out seq_idx, or the cache.")
+        if past_key_values is None:
+            return CausalCache(len(self.layers))
+        if not isinstance(past_key_values, CausalCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, but this model's layers remember states as "
+                "well: give what an earlier output holds, or mabert.models.CausalCache(num_hidden_layers)."
+            )
+        return past_key_values
+
+    def _layout(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens, cache
+    ) -> SequenceLayout:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = given.shape[:2]
+        past = cache.lengths_S if cache is not None else None
+        if past is not None:
+            if len(past) != batch:
+                raise ValueError(f"the cache remembers {len(past)} rows, but the batch has {batch}.")
+            if attention_mask is not None and attention_mask.shape != (batch, cache.columns + length):
+                raise ValueError(
+                    f"with a cache of {cache.columns} columns attention_mask must have shape "
+                    f"{(batch, cache.columns + length)}, not {tuple(attention_mask.shape)}."
+                )
+            attention_mask = None if attention_mask is None else attention_mask[:, -length:]
+        elif input_ids is not None and attention_mask is None and seq_idx is None and cu_seq_lens is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        layout = SequenceLayout.build(
+            batch,
+            length,
+            given.device,
+            packed=True,
+            attention_mask=attention_mask,
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens,
+        )
+        if past is not None:
+            layout = replace(layout, past_S=past, positions=layout.positions + past[layout.sequence_ids_T])
+        if position_ids is not None:
+            layout = replace(layout, positions=layout.unpad(position_ids.expand(batch, length)))
+        return layout
+
+
+class CausalForLM(CausalPreTrainedModel, GenerationMixin):
+    """A causal model with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}  # noqa: RUF012
+    model_class: type[CausalModel] = CausalModel
+
+    def __init__(self, config: CausalConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: CausalCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        labelled_only: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict each next token. For the inputs see `CausalModel.forward`.
+
+        Args:
+            labels: (B, L), usually the ids themselves, -100 where nothing is to be predicted. Each is predicted from
+                the token before it in its sequence; the first token of a sequence, from nothing, is left out.
+            logits_to_keep: compute logits of the last so many columns only; 0 for all.
+            num_items_in_batch: predictions of the whole (accumulated) batch; the loss is then their share of its mean,
+                sum / num_items_in_batch, otherwise the mean over this batch's predictions.
+            labelled_only: compute logits only where a label is predicted; by default while training with labels.
+
+        Returns:
+            loss; logits (B, L or logits_to_keep, V), zero at pads, or (labels, V) in order when labelled_only;
+            past_key_values.
+
+        Raises:
+            ValueError: a label is outside the vocabulary, or the inputs disagree.
+        """
+        check_ignored(kwargs)
+        cache = self.model.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q)
+        x_TH, layout, hidden_states = self.model.run(
+            input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states
+        )
+        loss = None
+        if labels is not None and (labelled_only or (labelled_only is None and self.training)):
+            predicting, targets = predictions(labels, layout, self.config.vocab_size)
+            logits = at_labels = self.lm_head(x_TH[predicting])
+        else:
+            x_BLH = layout.repad(x_TH)
+            logits = self.lm_head(x_BLH[:, -logits_to_keep:] if logits_to_keep else x_BLH)
+            if labels is not None:
+                if logits_to_keep:
+                    raise ValueError("labels need the logits of all columns: leave logits_to_keep out.")
+                predicting, targets = predictions(labels, layout, self.config.vocab_size)
+                at_labels = layout.unpad(logits)[predicting]
+        if labels is not None:
+            total = F.cross_entropy(at_labels.float(), targets, reduction="sum")
+            loss = total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden_states)
+
+
+class TransMambaModel(CausalModel):
+    """TransMamba without a head."""
+
+    config_class = TransMambaConfig
+
+
+class TransMambaForCausalLM(CausalForLM):
+    """TransMamba: layers pass from attention to SSM at their TransPoints (arXiv 2503.24067)."""
+
+    config_class = TransMambaConfig
+    model_class = TransMambaModel
+
+
+class HybridModel(CausalModel):
+    """A hybrid by layer, without a head."""
+
+    config_class = HybridConfig
+
+
+class HybridForCausalLM(CausalForLM):
+    """Layers of attention and of Mamba-2, in the order of `config.pattern`."""
+
+    config_class = HybridConfig
+    model_class = HybridModel
+
+
+def predictions(labels_BL: Tensor, layout: SequenceLayout, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Indices among the T tokens of those that predict a label, and what they predict.
+
+    Raises:
+        ValueError: a label is outside the vocabulary.
+    """
+    labels_T, ids_T = layout.unpad(labels_BL.to(layout.cu_seqlens.device)), layout.sequence_ids_T
+    is_next_T = F.pad((ids_T[1:] == ids_T[:-1]) & (labels_T[1:] != IGNORED), (0, 1))[: len(ids_T)]
+    predicting = is_next_T.nonzero().squeeze(1)
+    targets = labels_T[predicting + 1]
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+        raise ValueError(
+            f"labels must lie in 0 to {vocab_size - 1} (vocab_size - 1), or be {IGNORED} where nothing is predicted."
+        )
+    return predicting, targets
+
+
+def check_ignored(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that would have an effect elsewhere and have none here.
+
+    transformers hands over many that mean nothing to a model like this (token types, what a collator adds).
+
+    Raises:
+        ValueError: attention weights are asked for.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not supported: SSM layers have no attention weights.")
