@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# PAPER (TransMamba) Table 6: the schedules by name, in tokens of a sequence of 8,192
+# PAPER TransMamba: the schedules of Table 6, in tokens of a sequence of 8,192
 TRANSPOINTS = {
     "V1": (2048,),
     "V2": (4096,),
@@ -49,7 +49,7 @@ class CausalConfig(PreTrainedConfig):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    # CHOICE: Mamba-2's
+    # CHOICE: as in Mamba-2
     decay_range: tuple[float | int, float | int] | list[float | int] = (1, 16)
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -187,10 +187,10 @@ class HybridConfig(CausalConfig):
                 "Leave num_hidden_layers out: the pattern alone says how many layers there are."
             )
         kwargs.pop("layer_types", None)
+        self._check_pattern()
         super().__post_init__(**kwargs)
 
-    def check(self) -> None:
-        """Raise ValueError where a value is outside its range or contradicts another one."""
+    def _check_pattern(self) -> None:
         unknown = sorted(set(self.pattern) - set(HYBRID_LAYERS))
         if unknown or not self.pattern:
             found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
@@ -198,11 +198,15 @@ class HybridConfig(CausalConfig):
                 f"pattern {self.pattern!r} has {found}. Write one letter a layer: T (attention) or M (Mamba-2), as in "
                 "MMMTMMMT."
             )
+
+    def check(self) -> None:
+        """Raise ValueError where a value is outside its range or contradicts another one."""
+        self._check_pattern()
         super().check()
         for name in ("state_size", "expand", "mamba_head_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
-        if self.inner_size % self.mamba_head_size:
+        if "M" in self.pattern and self.inner_size % self.mamba_head_size:
             raise ValueError(
                 f"Mamba-2's width {self.inner_size} (expand * hidden_size) is no multiple of mamba_head_size "
                 f"{self.mamba_head_size}. Choose a head size that divides it."

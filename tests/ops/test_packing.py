@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,3 +107,31 @@ def test_boundaries_describe_one_row_only():
 def test_several_sequences_a_row_need_packed_execution():
     with pytest.raises(ValueError, match="execution='packed'"):
         SequenceLayout.build(1, 5, "cpu", packed=False, seq_idx=torch.zeros(1, 5, dtype=torch.long))
+
+
+@given(masks(), st.integers(0, 8), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_split_parts_each_sequence_at_its_own_token(mask, point, has_past):
+    layout = build(*mask.shape, attention_mask=mask)
+    past = torch.arange(layout.num_sequences) * 2 if has_past else None
+    layout = replace(layout, past_S=past)
+    rows = layout.sequence_ids_T
+    before = 0 if past is None else past[rows]
+    index = layout.positions + before
+    assert torch.equal(layout.indices_T, index)
+    assert torch.equal(layout.ends_S, layout.lengths_S + (0 if past is None else past))
+    split = layout.split(point)
+    assert layout.split(point) is split
+    x = torch.randn(layout.num_tokens, 3)
+    first, second = split.take(x)
+    assert torch.equal(first, x[index < point])
+    assert torch.equal(second, x[index >= point])
+    assert torch.equal(split.join(first, second), x)
+    for part, chosen in ((split.before, index < point), (split.after, index >= point)):
+        assert torch.equal(part.lengths_S, torch.bincount(rows[chosen], minlength=layout.num_sequences))
+        assert part.num_tokens == int(chosen.sum())
+        assert torch.equal(part.sequence_ids_T, rows[chosen])
+        assert torch.equal(part.indices_T, index[chosen])
+        grid = part.to_grid(x[chosen])
+        assert grid.shape[:2] == (layout.num_sequences, part.max_length)
+        assert torch.equal(part.from_grid(grid), x[chosen])

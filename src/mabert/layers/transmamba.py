@@ -38,9 +38,9 @@ class TransMambaMixer(nn.Module):
     def forward(self, h_TH: Tensor, layout: SequenceLayout, memory: LayerMemory | None = None) -> Tensor:
         """(T, H) to (T, H). Remembers keys, values and steps up to the TransPoint, then a `state` (S, K, P, N)."""
         point = self.config.layer_transpoints()[self.layer]
-        # PAPER (TransMamba) Eqs. 1 and 3: C, B, x = δ(h W), for both parts; the convolution runs over all tokens
+        # PAPER TransMamba Eqs. 1 and 3: C, B, x = δ(h W), for both parts; the convolution runs over all tokens
         cbx_T3KP = self.conv(self.cbx_proj(h_TH), layout, memory).unflatten(-1, (3, -1, self.head_size))
-        # PAPER (TransMamba) Eq. 3: Δ = σ(h W_Δ + b_Δ), A = exp(-Δ e^{log A}); also before the TransPoint, to convert
+        # PAPER TransMamba Eq. 3: Δ = σ(h W_Δ + b_Δ), A = exp(-Δ e^{log A}); also before the TransPoint, to convert
         steps_TK = F.softplus(self.dt_proj(h_TH).float() + self.dt_bias.float())
         A_K = -torch.exp(self.A_log.float())
 
@@ -55,7 +55,7 @@ class TransMambaMixer(nn.Module):
         if len(after):
             state = self._initial_state(point, before, steps_before, A_K, split, memory)
             C, B, x = after[None].unbind(2)
-            # PAPER (TransMamba) Eqs. 4 and 5
+            # PAPER TransMamba Eqs. 4 and 5
             y, final = ssd(
                 x,
                 steps_after[None],
@@ -73,17 +73,18 @@ class TransMambaMixer(nn.Module):
                 memory.keep("state", final)
         if memory is not None and bool((split.after.ends_S > point).all()):
             memory.drop(*ATTENDED)  # every sequence has passed it
-        # PAPER (TransMamba) Eq. 6: y = [y_s, y_l]
+        # PAPER TransMamba Eq. 6: y = [y_s, y_l]
         return self.out_proj(split.join(y_before, y_after).flatten(-2))
 
     def _attend(self, qkv: Tensor, positions: Tensor, layout: SequenceLayout, memory: LayerMemory | None) -> Tensor:
-        """PAPER (TransMamba) Eq. 2: causal attention before the TransPoint; rotary positions here only."""
+        """Causal attention before the TransPoint; rotary positions are here only."""
         if not len(qkv):
             return qkv[:, 2]
         query, key, value = qkv.unbind(1)
         query = self._rotated(query, positions)
         if memory is None or layout.past_S is None:
             return self.attention(torch.stack((query, self._rotated(key, positions), value), dim=1), layout)
+        # PAPER TransMamba Eq. 2: y_s = softmax(Q Kᵀ) V
         keys, values, places = (memory.tensors[name] for name in ("keys", "values", "positions"))
         return self.attention.with_past(query, self._rotated(keys, places), values, layout)
 
@@ -116,8 +117,7 @@ class TransMambaMixer(nn.Module):
 def convert_memory(keys_SPKN: Tensor, values_SPKP: Tensor, steps_SPK: Tensor, A_K: Tensor) -> Tensor:
     """The Memory Converter: what a scan over these keys and values would hold after the last of them.
 
-    PAPER (TransMamba) Eq. 9: h = (A× ∘ Kᵀ) V, of which the last row is the state. The printed formula leaves Δ out, by
-    which the scan multiplies each input.
+    The printed formula leaves Δ out, by which the scan multiplies each input; without it the scan goes on wrongly.
 
     Args:
         keys_SPKN, values_SPKP: before rotary positions; steps_SPK: Δ; A_K: negative.
@@ -129,5 +129,6 @@ def convert_memory(keys_SPKN: Tensor, values_SPKP: Tensor, steps_SPK: Tensor, A_
     decayed_SPK = (steps_SPK.to(dtype) * A_K.to(dtype)).cumsum(1)
     weights_SPK = (decayed_SPK[:, -1:] - decayed_SPK).exp() * steps_SPK
     with torch.autocast(keys_SPKN.device.type, enabled=False):
+        # PAPER TransMamba Eq. 9: h = (A× ∘ Kᵀ)(Δ ∘ V), its last row
         weighted = (values_SPKP * weights_SPK.unsqueeze(-1).to(values_SPKP.dtype)).transpose(1, 2)
         return (weighted.mT @ keys_SPKN.transpose(1, 2)).to(dtype)

@@ -19,6 +19,8 @@ from mabert.ops.chunks import ChunkSchedule
 
 CHUNK = 64
 """Steps in a chunk: products of this size within, one hand-over of a state per so many steps."""
+SMALLEST = -104.0
+"""The logarithm of a decay that is zero in fp32."""
 
 
 def ssd(
@@ -90,7 +92,7 @@ def ssd_reference(
     h_BKPN = x_BLKP.new_zeros(shape) if initial_state is None else initial_state.to(dtype)
     readouts = []
     for t in range(x.shape[1]):
-        # PAPER (TransMamba) Eq. 4: h_t = a_t h_{t-1} + Δ_t x_t B_tᵀ with a_t = exp(Δ_t A), y_t = h_t C_t
+        # PAPER TransMamba Eq. 4: h_t = a_t h_{t-1} + Δ_t x_t B_tᵀ with a_t = exp(Δ_t A), y_t = h_t C_t
         decay_BK11 = torch.exp(delta_BLK[:, t] * A_K)[..., None, None]
         update_BKPN = (delta_BLK[:, t, :, None] * x_BLKP[:, t])[..., None] * B_BLKN[:, t, :, None]
         h_BKPN = decay_BK11 * h_BKPN + update_BKPN
@@ -114,29 +116,45 @@ def _chunked(x, delta, A, B, C, cu_seqlens, initial_state) -> tuple[Tensor, Tens
     inputs_RGMQP = by_group(x) * delta_RGMQ.unsqueeze(-1).to(x.dtype)
     B_RG1QN, C_RG1QN = by_group(B), by_group(C)
     # logarithms of the decay from before the chunk's first step up to and with each step
-    decayed_RGMQ = (delta_RGMQ * A.to(dtype).view(groups, -1, 1)).cumsum(-1)
-    whole_RGM1 = decayed_RGMQ[..., -1:]
+    coarse_RGMQ, fine_RGMQ = _exact_sums(delta_RGMQ * A.to(dtype).view(groups, -1, 1))
+    decayed_RGMQ = coarse_RGMQ + fine_RGMQ
+    to_end_RGMQ = (coarse_RGMQ[..., -1:] - coarse_RGMQ) + (fine_RGMQ[..., -1:] - fine_RGMQ)
 
-    # PAPER (TransMamba) Eq. 5, within a chunk: y = (A× ∘ C Bᵀ)(Δ ∘ x)
+    # PAPER TransMamba Eq. 5, within a chunk: y = (A× ∘ C Bᵀ)(Δ ∘ x)
     future_QJ = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    between_RGMQJ = (decayed_RGMQ.unsqueeze(-1) - decayed_RGMQ.unsqueeze(-2)).masked_fill(future_QJ, -torch.inf).exp()
+    coarse_RGMQJ, fine_RGMQJ = (t.unsqueeze(-1) - t.unsqueeze(-2) for t in (coarse_RGMQ, fine_RGMQ))
+    between_RGMQJ = (coarse_RGMQJ + fine_RGMQJ).masked_fill(future_QJ, -torch.inf).exp()
     y_RGMQP = ((C_RG1QN @ B_RG1QN.mT) * between_RGMQJ.to(x.dtype)) @ inputs_RGMQP
 
     # what the chunk adds to the state by its end, and the state before each chunk
-    to_end_RGMQ1 = (whole_RGM1 - decayed_RGMQ).exp().to(x.dtype).unsqueeze(-1)
-    added_RGMPN = ((inputs_RGMQP * to_end_RGMQ1).mT @ B_RG1QN).to(dtype)
+    added_RGMPN = ((inputs_RGMQP * to_end_RGMQ.exp().to(x.dtype).unsqueeze(-1)).mT @ B_RG1QN).to(dtype)
     state_shape = (len(schedule.rank_S), heads, x.shape[3], B.shape[3])
     if initial_state is None:
         initial_SKPN = x.new_zeros(state_shape, dtype=dtype)
     else:
         initial_SKPN = initial_state.to(dtype)[schedule.rank_S]
     before_RKPN, final_SKPN = _HandOver.apply(
-        whole_RGM1.exp().flatten(1), added_RGMPN.flatten(1, 2), initial_SKPN, schedule.running, schedule.offsets
+        decayed_RGMQ[..., -1].exp().flatten(1),
+        added_RGMPN.flatten(1, 2),
+        initial_SKPN,
+        schedule.running,
+        schedule.offsets,
     )
     before_RGMPN = before_RKPN.unflatten(1, (groups, -1)).to(x.dtype)
     y_RGMQP = y_RGMQP + decayed_RGMQ.exp().unsqueeze(-1).to(x.dtype) * (C_RG1QN @ before_RGMPN.mT)
     y = schedule.scatter(y_RGMQP.movedim(3, 1).flatten(2, 3), x)
     return y, torch.empty_like(final_SKPN).index_copy(0, schedule.rank_S, final_SKPN)
+
+
+def _exact_sums(decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Running sums of logarithms of decays over the last dimension, in two parts whose differences lose no digits.
+
+    The coarse parts are multiples of 1/1024, exact as long as the sums stay below 8192, which 64 steps of at least
+    exp(-104), the smallest number in fp32, do. The fine parts are small, and carry the gradient.
+    """
+    decay = decay.clamp(min=SMALLEST)
+    coarse = (decay.detach() * 1024).round() / 1024
+    return coarse.cumsum(-1), (decay - coarse).cumsum(-1)
 
 
 class _HandOver(torch.autograd.Function):

@@ -1,0 +1,355 @@
+"""The causal models as transformers models: pads, packing, caches, generation, saving, bad input."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
+
+from mabert import HybridConfig, HybridForCausalLM, TransMambaConfig, TransMambaForCausalLM
+from mabert.causal_config import TRANSPOINTS
+from mabert.models import CausalCache
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+CONFIGS = {
+    "V9": TransMambaConfig(**SIZES, num_hidden_layers=4),
+    "SSM": TransMambaConfig(**SIZES, num_hidden_layers=2, transpoints=[0]),
+    "attention": TransMambaConfig(**SIZES, num_hidden_layers=2, transpoints=[64]),
+    "early and late": TransMambaConfig(**SIZES, num_hidden_layers=4, transpoints=[1, 3, 6, 11]),
+    "hybrid": HybridConfig(**SIZES, pattern="MTM", state_size=8, mamba_head_size=16),
+    "T": HybridConfig(**SIZES, pattern="TT"),
+}
+
+
+def model(name):
+    config = CONFIGS[name]
+    made = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in made.named_parameters():
+            parameter.normal_(0, 0.3)
+            if parameter_name.endswith("A_log"):
+                parameter.sub_(2)
+    return made.eval()
+
+
+def ids(batch=3, length=14, seed=1):
+    return torch.randint(5, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+MASKS = {
+    "right": [[1] * 14, [1] * 9 + [0] * 5, [1] * 2 + [0] * 12],
+    "left": [[1] * 14, [0] * 5 + [1] * 9, [0] * 12 + [1] * 2],
+    "both sides": [[0] + [1] * 12 + [0], [0] * 3 + [1] * 9 + [0] * 2, [0] * 6 + [1] + [0] * 7],
+    "interior": [[1, 0] * 7, [0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1], [1] * 14],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", MASKS)
+def test_pads_change_nothing(name, layout):
+    """Every row's logits are those of the row alone, with whatever the pads hold; gradients too."""
+    lm, mask = model(name), torch.tensor(MASKS[layout])
+    batch = ids()
+    embeds = lm.get_input_embeddings()(batch).detach()
+    embeds[mask == 0] = torch.nan
+    logits = lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    assert (logits[mask == 0] == 0).all()
+    for row in range(3):
+        alone = lm(batch[row, mask[row].bool()][None], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[row][mask[row].bool()], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_neighbours_change_nothing(name):
+    lm = model(name)
+    row, seq_idx = ids(1, 30), torch.tensor([[0] * 13 + [1] + [2] * 11 + [3] * 5])
+    logits = lm(row, seq_idx=seq_idx).logits[0]
+    for sequence in range(4):
+        chosen = seq_idx[0] == sequence
+        alone = lm(row[:, chosen], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[chosen], alone, rtol=1e-5, atol=1e-5)
+    cu = torch.tensor([0, 13, 14, 25, 30], dtype=torch.int32)
+    torch.testing.assert_close(lm(row, cu_seq_lens_q=cu).logits[0], logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_token_sees_a_later_one(name):
+    lm, batch = model(name), ids(1, 14)
+    logits = lm(batch, use_cache=False).logits
+    changed = batch.clone()
+    changed[0, 9:] = (changed[0, 9:] + 7) % 55 + 5
+    torch.testing.assert_close(lm(changed, use_cache=False).logits[:, :9], logits[:, :9], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("point", [0, 1, 2, 5, 13, 14, 15, 64])
+@pytest.mark.parametrize("layout", ["left", "right", "interior", None])
+def test_token_by_token_is_the_parallel_forward(point, layout):
+    """For every TransPoint, the convolution's state included, rows of different lengths at once."""
+    lm = model("V9")
+    lm.config.transpoints = [point, 3]
+    batch, mask = ids(), None if layout is None else torch.tensor(MASKS[layout])
+    whole = lm(batch, attention_mask=mask, use_cache=False).logits
+    cache, columns = None, []
+    for t in range(14):
+        so_far = None if mask is None else mask[:, : t + 1]
+        output = lm(batch[:, t : t + 1], attention_mask=so_far, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        columns.append(output.logits)
+    torch.testing.assert_close(torch.cat(columns, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("cuts", [(7,), (1, 2), (3, 10, 11)])
+def test_several_tokens_at_a_time_are_the_parallel_forward(name, cuts):
+    lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
+    whole = lm(batch, attention_mask=mask, use_cache=False).logits
+    cache, columns = None, []
+    for start, end in zip((0, *cuts), (*cuts, 14), strict=True):
+        output = lm(batch[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        columns.append(output.logits)
+    torch.testing.assert_close(torch.cat(columns, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_with_a_cache_is_generation_without_one(name):
+    lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
+    choices = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    with_cache = lm.generate(batch, **choices)
+    assert torch.equal(with_cache, lm.generate(batch, **choices, use_cache=False))
+    for row in range(3):
+        alone = lm.generate(batch[row, mask[row].bool()][None], max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert torch.equal(alone[0, -12:], with_cache[row, -12:])
+
+
+@pytest.mark.parametrize("name", ["early and late", "hybrid"])
+def test_beams_carry_their_memory_along(name):
+    lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
+    choices = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": 3, "eos_token_id": None}
+    assert torch.equal(lm.generate(batch, **choices), lm.generate(batch, **choices, use_cache=False))
+
+
+def test_the_cache_is_constant_in_size_behind_the_last_transpoint():
+    lm = model("early and late")
+    cache = lm(ids(2, 12)).past_key_values
+    size = cache.nbytes
+    for _ in range(5):
+        cache = lm(ids(2, 1), past_key_values=cache).past_key_values
+    assert cache.nbytes == size
+    growing = lm(ids(2, 8)).past_key_values
+    before = growing.nbytes
+    lm(ids(2, 1), past_key_values=growing)
+    assert growing.nbytes > before
+
+
+def test_a_conversation_goes_on_from_its_cache():
+    lm, batch = model("early and late"), ids(1, 8)
+    first = lm.generate(batch, max_new_tokens=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    more = torch.cat((first.sequences, ids(1, 3, seed=5)), dim=1)
+    again = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(lm.generate(more, past_key_values=first.past_key_values, **again), lm.generate(more, **again))
+
+
+def test_sampling_several_answers_needs_no_more_than_generate():
+    lm = model("early and late")
+    torch.manual_seed(0)
+    sampled = lm.generate(ids(1, 6), do_sample=True, num_return_sequences=4, max_new_tokens=5, eos_token_id=None)
+    assert sampled.shape == (4, 11)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_is_that_of_each_next_token_in_its_sequence(name):
+    lm, row = model(name), ids(1, 20)
+    seq_idx = torch.tensor([[0] * 8 + [1] * 12])
+    labels = row.clone()
+    labels[0, 5] = -100
+    output = lm(row, seq_idx=seq_idx, labels=labels)
+    losses = []
+    for start, end in ((0, 8), (8, 20)):
+        logits = lm(row[:, start:end], use_cache=False).logits[0]
+        for t in range(start, end - 1):
+            if t + 1 != 5:
+                losses.append(torch.nn.functional.cross_entropy(logits[t - start], row[0, t + 1]))
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+    assert len(losses) == 17
+    few = lm(row, seq_idx=seq_idx, labels=labels, labelled_only=True)
+    assert few.logits.shape == (17, 60)
+    torch.testing.assert_close(few.loss, output.loss)
+    shared = lm(row, seq_idx=seq_idx, labels=labels, num_items_in_batch=34)
+    torch.testing.assert_close(shared.loss * 2, output.loss)
+
+
+def test_only_the_last_logits_are_computed_when_asked_for():
+    lm, batch, mask = model("V9"), ids(), torch.tensor(MASKS["left"])
+    whole = lm(batch, attention_mask=mask).logits
+    kept = lm(batch, attention_mask=mask, logits_to_keep=1).logits
+    assert kept.shape == (3, 1, 60)
+    torch.testing.assert_close(kept, whole[:, -1:])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its successor is not in 5.17
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpointed_layers_have_the_same_gradients(name):
+    gradients = []
+    for checkpointed in (False, True):
+        lm = model(name).train()
+        if checkpointed:
+            lm.gradient_checkpointing_enable()
+        lm(ids(), labels=ids()).loss.backward()
+        gradients.append({n: p.grad for n, p in lm.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], gradient)
+
+
+def test_bfloat16_is_near_float32():
+    lm, batch = model("V9"), ids()
+    exact = lm(batch, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        near = lm(batch, use_cache=False).logits
+    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["V9", "hybrid"])
+def test_saved_and_loaded_by_the_auto_classes(name, tmp_path):
+    lm = model(name)
+    lm.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(lm)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(lm.config)
+    assert torch.equal(loaded(ids(), use_cache=False).logits, lm(ids(), use_cache=False).logits)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(encoder(ids(), use_cache=False).last_hidden_state, lm.model(ids(), use_cache=False)[0])
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {n.rpartition(".")[2] for n, p in half.named_parameters() if p.dtype == torch.float32}
+    assert kept == ({"A_log", "dt_bias"} if name == "V9" else {"A_log", "dt_bias", "D"})
+    assert half(ids(), use_cache=False).logits.isfinite().all()
+
+
+def test_another_schedule_than_in_training(tmp_path):
+    lm = model("V9")
+    lm.save_pretrained(tmp_path)
+    other = TransMambaForCausalLM.from_pretrained(tmp_path, transpoints="V2")
+    assert other.config.layer_transpoints() == [32] * 4
+    lm.config.transpoints = [32]
+    batch = ids(2, 50)
+    assert torch.equal(other(batch, use_cache=False).logits, lm(batch, use_cache=False).logits)
+    lm.config.transpoints = "V9"
+    assert (lm(batch, use_cache=False).logits != other(batch, use_cache=False).logits).any()
+
+
+def test_text_generation_pipeline(tmp_path):
+    from mabert.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["the cat sat on the mat and the dog sat on the cat"] * 5, vocab_size=60)
+    config = TransMambaConfig(**SIZES | {"vocab_size": len(tokenizer)}, num_hidden_layers=2)
+    generate = pipeline("text-generation", model=TransMambaForCausalLM(config), tokenizer=tokenizer)
+    texts = ["the cat", "the dog sat on the"]
+    answers = generate(texts, max_new_tokens=5, do_sample=False, batch_size=2, return_full_text=True)
+    assert all(answer[0]["generated_text"].startswith(text) for answer, text in zip(answers, texts, strict=True))
+
+
+def test_the_papers_schedules_by_name():
+    config = TransMambaConfig(num_hidden_layers=10, max_position_embeddings=8192)
+    assert config.layer_transpoints() == [0, 128, 256, 512, 1024, 2048, 4096, 8192, 0, 128]
+    assert list(TRANSPOINTS) == [f"V{n}" for n in range(1, 10)]
+    assert TransMambaConfig(
+        transpoints="V4", num_hidden_layers=4, max_position_embeddings=1024
+    ).layer_transpoints() == [
+        384,
+        512,
+        640,
+        384,
+    ]
+    assert TransMambaConfig(transpoints=[7, 0], num_hidden_layers=3).layer_transpoints() == [7, 0, 7]
+
+
+@pytest.mark.parametrize(
+    ("transpoints", "message"),
+    [
+        ("V10", r"there is no schedule transpoints='V10'\. There are V1, V2"),
+        ([], "transpoints is empty: give at least one"),
+        ([3, -1], r"-1 is no number of tokens, which is whole and at least 0"),
+        ([1.5], r"1\.5 is no number of tokens"),
+        ([True], "True is no number of tokens"),
+        (["3"], "'3' is no number of tokens"),
+        (7, r"transpoints=7 must be a list of tokens"),
+        (None, "transpoints=None must be a list of tokens"),
+    ],
+)
+def test_schedules_that_are_none_are_refused(transpoints, message):
+    with pytest.raises(ValueError, match=message):
+        TransMambaConfig(transpoints=transpoints)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices", "message"),
+    [
+        (HybridConfig, {"pattern": "MTX"}, r"pattern 'MTX' has unknown letter X\."),
+        (HybridConfig, {"pattern": ""}, "has no letter"),
+        (HybridConfig, {"mamba_head_size": 100}, "is no multiple of mamba_head_size 100"),
+        (HybridConfig, {"num_hidden_layers": 3}, "contradicts pattern"),
+        (HybridConfig, {"state_size": 0}, "state_size must be at least 1"),
+        (TransMambaConfig, {"num_attention_heads": 7}, "no even whole size"),
+        (TransMambaConfig, {"hidden_size": 36}, "no even whole size"),
+        (TransMambaConfig, {"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
+        (TransMambaConfig, {"time_step_min": 0.0}, "0 < time_step_min"),
+        (TransMambaConfig, {"decay_range": (0, 2)}, "two growing numbers above 0"),
+        (TransMambaConfig, {"pad_token_id": 99_999}, "outside the vocabulary"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(kind, choices, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seq_idx": torch.zeros(3, 14, dtype=torch.long), "use_cache": True}, "not several sequences in one"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache, but this model's layers remember"),
+        ({"output_attentions": True}, "output_attentions is not supported"),
+        ({"labels": torch.full((3, 14), 60)}, "labels must lie in 0 to 59"),
+        ({"labels": torch.ones(3, 14).long(), "logits_to_keep": 2}, "leave logits_to_keep out"),
+        ({"inputs_embeds": torch.zeros(3, 14, 24)}, "exactly one of input_ids and inputs_embeds"),
+        ({"attention_mask": torch.ones(3, 13)}, "attention_mask must have shape"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model("V9")(ids(), **arguments)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    lm = model("V9")
+    cache = lm(ids()).past_key_values
+    with pytest.raises(ValueError, match="remembers 3 rows, but the batch has 2"):
+        lm(ids(2, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 15\)"):
+        lm(ids(3, 1), past_key_values=cache, attention_mask=torch.ones(3, 1))
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        cache.crop(3)
+    cache.reset()
+    assert isinstance(cache, CausalCache)
+    assert torch.equal(lm(ids(2, 4), past_key_values=cache).logits, lm(ids(2, 4)).logits)
+
+
+def test_initial_values_of_the_recurrence():
+    config = TransMambaConfig(num_hidden_layers=1, hidden_size=768, num_attention_heads=384, intermediate_size=8)
+    mixer = TransMambaForCausalLM(config).model.layers[0].mixer
+    decay, steps = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
+    assert 1 <= decay.min() < 2
+    assert 15 < decay.max() <= 16
+    assert 0.00099 < steps.min() < 0.002
+    assert 0.05 < steps.max() < 0.1001
+    hybrid = HybridForCausalLM(HybridConfig(pattern="M", intermediate_size=8)).model.layers[0].mixer
+    assert (hybrid.D == 1).all()
+    assert (hybrid.norm.weight == 1).all()
