@@ -24,7 +24,7 @@ REPORT = ROOT / "docs" / "report.html"
 def pretraining_rows(run: dict) -> list[str]:
     """One row a stage length."""
     return [
-        f"| {held['length']} | {held['loss']:.3f} | {held['unigram_entropy']:.3f} | {held['masked_accuracy']:.1%} |"
+        f"| {held['length']} | {held['loss']:.3f} | {held['unigram_entropy']:.3f} | {held['accuracy']:.1%} |"
         for held in run["pretrain"]["held_out"]
     ]
 

@@ -218,7 +218,7 @@ def result_rows(result: "PretrainResult") -> Iterator[tuple[str, str]]:
     """What a pretraining run reached."""
     yield "held-out loss", f"{result.held_out_loss:.4f} nats (unigram entropy {result.unigram_entropy:.4f})"
     yield "perplexity", f"{result.perplexity:.2f}"
-    yield "masked accuracy", f"{result.masked_accuracy:.1%}"
+    yield "accuracy", f"{result.accuracy:.1%} of the predicted tokens"
     yield "steps", f"{result.steps:,} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
     yield "waiting for data", f"{result.data_wait:.1%} of the time"
 

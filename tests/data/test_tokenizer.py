@@ -95,5 +95,5 @@ def test_a_missing_or_unfit_tokenizer_is_refused(tokenizer, tmp_path):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(tmp_path)
-    with pytest.raises(TokenizerError, match="has no mask token, which an encoder needs"):
+    with pytest.raises(TokenizerError, match="has no mask token, which our models need"):
         load_tokenizer(tmp_path)

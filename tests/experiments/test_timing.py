@@ -26,7 +26,7 @@ from mabert.experiments.timing import (
     repeat,
     training_step,
 )
-from mabert.training.masked_lm import labelled_logits
+from mabert.training.objectives import labelled_logits
 
 SIZE = size_of(tiny())
 

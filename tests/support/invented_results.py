@@ -68,7 +68,7 @@ def pretrained(loss: float, config: dict[str, Any], parameters: int = 2_842_752)
             {
                 "length": length,
                 "loss": loss - length / 5000,
-                "masked_accuracy": 0.55 - loss / 20,
+                "accuracy": 0.55 - loss / 20,
                 "unigram_entropy": entropy,
             }
             for length in (128, 512)

@@ -9,6 +9,15 @@ from mabert.training.callbacks import read_lines
 from mabert.training.pretrain import PretrainConfig
 
 MODEL = {"hidden_size": 16, "pattern": "MT", "num_attention_heads": 2, "intermediate_size": 32, "state_size": 4}
+TRANSMAMBA = {
+    "model_type": "transmamba",
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "transpoints": [0, 5, 32],
+}
 LENGTHS = (16, 32)
 
 

@@ -55,7 +55,7 @@ def test_against_one_row_at_a_time(model, shards, tokenizer):
     assert result.length == 32
     assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
-    assert result.masked_accuracy == pytest.approx(sum(hits) / len(hits))
+    assert result.accuracy == pytest.approx(sum(hits) / len(hits))
     assert result.unigram_entropy == pytest.approx(entropy, rel=1e-9)
 
 
@@ -99,7 +99,7 @@ def test_a_model_that_knows_frequencies_only_reaches_the_unigram_entropy(model, 
 
 def test_nothing_masked_is_an_error(model, shards, tokenizer):
     dataset = MlmDataset([Rows(shards, 16)], tokenizer, seed=0, mlm_probability=1e-9)
-    with pytest.raises(ValueError, match="not one position of the 2 held-out rows is masked"):
+    with pytest.raises(ValueError, match="not one token of the 2 held-out rows is to be predicted"):
         evaluate(model, dataset, [(0, 0, 0), (0, 0, 1)], tokenizer.all_special_ids)
 
 

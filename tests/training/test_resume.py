@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny_pretraining import config, losses
+from tiny_pretraining import TRANSMAMBA, config, losses
 
 from mabert.training import pretrain as door
 from mabert.training.callbacks import read_lines
@@ -179,6 +179,13 @@ def test_a_killed_run_goes_on_exactly(prepared, uninterrupted, fate, step, resum
     said = (prepared / f"{output}.txt").read_text()
     assert (f"going on from {prepared / output / f'checkpoint-{resumed_at}'}" in said) == bool(resumed_at)
     assert not list((prepared / output).glob(".tmp-*"))
+
+
+def test_a_killed_run_of_a_causal_model_goes_on_exactly(prepared, shards):
+    changes = {"model": TRANSMAMBA}
+    whole = finish(prepared, "causal-whole", changes)
+    assert end(start(prepared, "causal-killed", changes, die_within_step, 7)) == -signal.SIGKILL
+    assert finish(prepared, "causal-killed", changes) == whole
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import tiny_pretraining
 import torch
 from rich.console import Console
-from tiny_pretraining import MODEL, config, losses
+from tiny_pretraining import MODEL, TRANSMAMBA, config, losses
 
 from mabert.training.callbacks import read_lines
 from mabert.training.checkpoints import list_checkpoints
@@ -104,3 +104,12 @@ def test_two_processes_stop_at_the_same_step_and_go_on_exactly(prepared):
     assert list_checkpoints(prepared / "stopped")[-1].name == f"checkpoint-{done}"
     finish(torchrun(prepared, "stopped", **dropout))
     assert losses(prepared / "stopped") == losses(prepared / "whole")
+
+
+def test_a_causal_model_sees_the_batches_of_one_process(prepared, shards):
+    """Also where a layer attends to whole rows, and what only its SSM reads has no gradient."""
+    model = TRANSMAMBA | {"transpoints": [0, 32]}
+    choices = config(prepared, output="causal-alone", **CHANGES | {"model": model})
+    pretrain(choices, console=Console(quiet=True))
+    finish(torchrun(prepared, "causal-two", model=model))
+    assert losses(prepared / "causal-two") == pytest.approx(losses(choices.output), rel=1e-4)

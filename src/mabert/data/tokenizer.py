@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
@@ -80,8 +81,40 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder))
     missing = [name for name in ("mask", "cls", "sep", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
-        raise TokenizerError(f"the tokenizer in {folder} has no {', '.join(missing)} token, which an encoder needs")
+        raise TokenizerError(f"the tokenizer in {folder} has no {', '.join(missing)} token, which our models need")
     return tokenizer
+
+
+def for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer of a causal model: the same ids, ``[CLS]`` in front of a text and no ``[SEP]`` behind it.
+
+    A text is to be continued, and pads stand on the left. ``[CLS]`` begins a document and ``[SEP]`` ends one. Decoded
+    text begins with a space, unless its first token goes on with a word.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    first = tokenizer.cls_token
+    backend.post_processor = TemplateProcessing(
+        single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, tokenizer.cls_token_id)]
+    )
+    # a space before every word: the tokens that were generated are decoded without the text in front of them
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex("^(?!##)"), " "),
+            decoders.Replace(Regex("^##"), ""),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r" (?=[.,!?])"), ""),
+        ]
+    )
+    names = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: getattr(tokenizer, name) for name in names},
+        bos_token=first,
+        eos_token=tokenizer.sep_token,
+        padding_side="left",
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

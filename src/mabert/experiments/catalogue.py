@@ -10,6 +10,7 @@ from mabert.experiments.efficiency import efficiency_cells
 from mabert.experiments.finetuning import Finetuning
 from mabert.experiments.pretraining import Pretraining
 from mabert.experiments.scales import Scale
+from mabert.experiments.transpoints import TransPoints
 
 PATTERN = "MMTMMTMMTMMT"
 # CHOICE: Tables 3 and B4 with both convolutions, since the text leaves open which one the paper's model has
@@ -64,6 +65,10 @@ class Suite:
         """Our own study: scan direction and convolution, at equal parameters and tokens."""
         yield from self._compared(MABERTS)
 
+    def transpoints(self) -> Iterator[Cell]:
+        """TransMamba's Tables 5 and 6 and its Figure 4: loss by schedule, time by length and by TransPoint."""
+        yield from TransPoints(self.pretraining.sources, self.pretraining.work, self.pretraining.console).cells()
+
     def all(self) -> Iterator[Cell]:
         """Everything."""
         for name in EXPERIMENTS:
@@ -109,6 +114,7 @@ EXPERIMENTS: dict[str, Callable[[Suite], Iterator[Cell]]] = {
         "efficiency",
         "baselines",
         "directions",
+        "transpoints",
         "all",
     )
 }

@@ -1,16 +1,18 @@
-"""The cells that pretrain an architecture at a scale."""
+"""The cells that pretrain a model at a scale."""
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from mabert.experiments.architectures import architecture, encoder_parameters
+from mabert.experiments.architectures import Vocabulary, architecture, encoder_parameters
 from mabert.experiments.cells import Cell
 from mabert.experiments.finetuning import Checkpoint
 from mabert.experiments.sources import Sources
@@ -25,7 +27,7 @@ EVALUATIONS = 15  # points of a loss curve
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Pretrains architectures on the common text, all by the same recipe."""
+    """Pretrains encoders on the common text, all by the same recipe."""
 
     sources: Sources
     work: Path
@@ -33,34 +35,29 @@ class Pretraining:
 
     def cell(self, name: str, budget: float = 1.0, seed: int = 0) -> Cell:
         """An architecture pretrained for a share of the scale's steps; it leaves the model's folder in `work`."""
-        scale, text = self.sources.scale, self.sources.cell()
-        choices = {
-            "steps": scale.steps,
-            "budget": budget,
-            "batch_size": scale.batch_size,
-            "stage_lengths": scale.stage_lengths,
-            "stage_fractions": scale.stage_fractions,
-            "learning_rate": scale.learning_rate,
-            "warmup_fraction": scale.warmup_fraction,
-            "bf16": scale.bf16,
-            "eval_rows": scale.eval_rows,
-            "seed": seed,
-            # a row is one sequence: all architectures read the same rows, and most cannot tell sequences apart
-            "packing": "full-sentences",
-        }
-        folder = self._folder(name, budget, seed)
-        return Cell(
-            name=f"pretraining/{name}{at(budget)}/{seed}",
-            config={
-                "architecture": name,
-                "size": scale.model_size(),
-                "match_parameters": scale.match_parameters,
-                "text": text.config,
-                **choices,
+        scale = self.sources.scale
+        return pretraining_cell(
+            self.sources,
+            f"pretraining/{name}{at(budget)}/{seed}",
+            {"architecture": name, "size": scale.model_size(), "match_parameters": scale.match_parameters},
+            {
+                "steps": scale.steps,
+                "budget": budget,
+                "batch_size": scale.batch_size,
+                "stage_lengths": scale.stage_lengths,
+                "stage_fractions": scale.stage_fractions,
+                "learning_rate": scale.learning_rate,
+                "warmup_fraction": scale.warmup_fraction,
+                "bf16": scale.bf16,
+                "eval_rows": scale.eval_rows,
+                "seed": seed,
+                # a row is one sequence: all architectures read the same rows, and most cannot tell sequences apart
+                "packing": "full-sentences",
             },
-            run=partial(self._run, name, choices, folder),
-            needs=(text,),
-            artifact=folder / "config.json",
+            partial(architecture, name, scale),
+            self._folder(name, budget, seed),
+            scale.micro_batch_size,
+            self.console,
         )
 
     def checkpoint(self, name: str, budget: float = 1.0, seed: int = 0) -> Checkpoint:
@@ -75,37 +72,61 @@ class Pretraining:
     def _folder(self, name: str, budget: float, seed: int) -> Path:
         return self.work / "pretraining" / f"{name}{at(budget)}" / str(seed)
 
-    def _run(self, name: str, choices: dict[str, Any], folder: Path) -> dict[str, Any]:
-        scale, model = self.sources.scale, architecture(name, self.sources.scale, self.sources.vocabulary())
-        steps = plan_schedule(scale.steps, budget=choices["budget"]).steps
+
+def pretraining_cell(
+    sources: Sources,
+    name: str,
+    identity: dict[str, Any],
+    choices: dict[str, Any],
+    model: Callable[[Vocabulary], PreTrainedConfig],
+    folder: Path,
+    micro_batch_size: int,
+    console: Console,
+) -> Cell:
+    """A cell that pretrains a language model on the text of `sources` and leaves it in `folder`.
+
+    Args:
+        name: of the cell.
+        identity: what the cell's config says of the model.
+        choices: fields of `PretrainConfig`.
+        model: makes the model's config, when the tokenizer is there.
+    """
+    text = sources.cell()
+
+    def run() -> dict[str, Any]:
+        made = model(sources.vocabulary())
+        steps = plan_schedule(choices["steps"], budget=choices.get("budget", 1.0)).steps
         result = pretrain(
             PretrainConfig(
                 **choices,
-                model=model,
-                train=self.sources.texts("train"),
-                valid=self.sources.texts("valid"),
-                tokenizer=self.sources.tokenizer,
-                shards=self.sources.shards,
+                model=made,
+                train=sources.texts("train"),
+                valid=sources.texts("valid"),
+                tokenizer=sources.tokenizer,
+                shards=sources.shards,
                 output=folder,
-                micro_batch_size=scale.micro_batch_size,
+                micro_batch_size=micro_batch_size,
                 eval_every=max(1, steps // EVALUATIONS),
                 checkpoint_every=max(1, min(1_000, steps // 5)),
                 workers=0,
                 tensorboard=False,
             ),
-            console=self.console,
+            console=console,
         )
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
         values = asdict(result)
-        for elsewhere in ("output", "held_out_loss", "perplexity", "masked_accuracy", "unigram_entropy"):
+        for elsewhere in ("output", "held_out_loss", "perplexity", "accuracy", "unigram_entropy"):
             del values[elsewhere]
         return values | {
-            "encoder_parameters": encoder_parameters(model),
+            "encoder_parameters": encoder_parameters(made),
             "weights": digest(folder / SAFE_WEIGHTS_NAME),
             "evaluations": read_lines(folder / EVALUATION_LOG),
-            "model": json.loads(model.to_json_string(use_diff=True)),
+            "model": json.loads(made.to_json_string(use_diff=True)),
         }
+
+    config = identity | {"text": text.config, **choices}
+    return Cell(name, config, run, needs=(text,), artifact=folder / CONFIG_NAME)
 
 
 def at(budget: float) -> str:

@@ -1,8 +1,9 @@
 """The sizes at which the experiments run: one set of choices each, everything else is the same code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from mabert.causal_config import TRANSPOINTS
 from mabert.config import MaBertConfig
 
 PATTERNS = (
@@ -16,6 +17,50 @@ PATTERNS = (
     "TTMTTMTTMTTM",
 )
 """The eight of Table 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalScale:
+    """How large the causal language models of a scale are, and how they are trained; the defaults are TransMamba's."""
+
+    hidden_size: int = 1536
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    """Of TransMamba; the references' is chosen so that all have as many parameters outside the embeddings."""
+    layers: int = 24
+    length: int = 8192
+    """Tokens of a row, which is one sequence."""
+    steps: int = 9_900
+    batch_size: int = 1024
+    micro_batch_size: int = 2
+    learning_rate: float = 2.5e-4
+    eval_rows: int = 128
+    schedules: tuple[str, ...] = tuple(TRANSPOINTS)
+    seeds: int = 1
+    """Of pretraining."""
+
+    timed: str = "base"
+    """The scale whose models are timed."""
+    timed_lengths: tuple[int, ...] = (2048, 4096, 8192)
+    timed_points: int = 9
+    """TransPoints between nothing and the whole length at which a layer is timed."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"causal.{name}={getattr(self, name)} must be at least 1.")
+        if self.timed_points < 2:
+            raise ValueError(
+                f"causal.timed_points={self.timed_points} must be at least 2: nothing, and the whole length."
+            )
+        if self.layers % 4:
+            raise ValueError(
+                f"causal.layers={self.layers} must be a multiple of 4: the layer hybrid has an attention layer in four."
+            )
+        if unknown := [name for name in self.schedules if name not in TRANSPOINTS]:
+            raise ValueError(f"there is no schedule {unknown[0]!r}. There are {', '.join(TRANSPOINTS)}.")
+        if self.timed not in SCALES:
+            raise ValueError(f"causal.timed={self.timed!r} is not one of {', '.join(SCALES)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +113,7 @@ class Scale:
     """A timing cell repeats so often at most."""
     drift_rows: int | None = None
     """Sentences whose drift is measured; the whole dev set by default."""
+    causal: CausalScale = field(default_factory=CausalScale)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "pretraining_seeds", "finetuning_seeds", "repetitions"):
@@ -131,6 +177,22 @@ def tiny() -> Scale:
         cell_seconds=2.0,
         repetitions=5,
         drift_rows=128,
+        causal=CausalScale(
+            hidden_size=32,
+            num_attention_heads=2,
+            intermediate_size=64,
+            layers=8,
+            length=128,
+            steps=150,
+            batch_size=8,
+            micro_batch_size=8,
+            learning_rate=5e-3,
+            eval_rows=32,
+            schedules=("V1", "V9"),
+            timed="tiny",
+            timed_lengths=(128, 256),
+            timed_points=3,
+        ),
     )
 
 
@@ -164,6 +226,18 @@ def cpu() -> Scale:
         efficiency_training_lengths=(128, 512, 1024, 2048),
         repetitions=5,
         drift_rows=256,
+        causal=CausalScale(
+            hidden_size=128,
+            num_attention_heads=4,
+            intermediate_size=512,
+            layers=8,
+            length=1024,
+            steps=600,
+            batch_size=8,
+            micro_batch_size=8,
+            learning_rate=2e-3,
+            timed="small",
+        ),
     )
 
 
@@ -186,6 +260,17 @@ def mini() -> Scale:
         learning_rates=(1e-4, 3e-4),
         batch_sizes=(32,),
         epochs=(2,),
+        causal=CausalScale(
+            hidden_size=256,
+            num_attention_heads=4,
+            intermediate_size=1024,
+            layers=8,
+            length=2048,
+            steps=1_000,
+            batch_size=32,
+            micro_batch_size=32,
+            learning_rate=2e-3,
+        ),
     )
 
 
@@ -205,6 +290,17 @@ def small() -> Scale:
         learning_rate=1e-3,
         learning_rates=(3e-5, 1e-4),
         epochs=(3,),
+        causal=CausalScale(
+            hidden_size=512,
+            num_attention_heads=8,
+            intermediate_size=2048,
+            layers=16,
+            length=4096,
+            steps=10_000,
+            batch_size=64,
+            micro_batch_size=16,
+            learning_rate=1e-3,
+        ),
     )
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from mabert.experiments.fresh_process import peak_resident_bytes, restart_peak
 from mabert.experiments.packed_attention import PACKED_ATTENTION, can_be_packed, pack
 from mabert.experiments.scales import Scale
 from mabert.models import MaBertForMaskedLM
-from mabert.training.masked_lm import labelled_logits
+from mabert.training.objectives import labelled_logits
 from mabert.training.optim import adamw
 
 BLOCK_SPARSE_ABOVE = 704
@@ -259,7 +259,27 @@ def make_batch(config: PreTrainedConfig, timing: Timing, row_lengths: list[int])
     return Batch(inputs, labels, labels[labels != IGNORED])
 
 
-def repeat(run: Callable[[], None], first_ms: float, timing: Timing) -> dict[str, Any]:
+class Repetitions(Protocol):
+    """What `repeat` reads of a timing."""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+
+    @property
+    def warm_up(self) -> int:
+        """Runs that do not count."""
+
+    @property
+    def repetitions(self) -> int:
+        """Runs that count, at most."""
+
+    @property
+    def seconds(self) -> float:
+        """Begin none that would end later than this."""
+
+
+def repeat(run: Callable[[], None], first_ms: float, timing: Repetitions) -> dict[str, Any]:
     """Repeat what has run once. Warming up has its share of the time; if that leaves none, its last run counts."""
     warm_up_share = timing.warm_up / (timing.warm_up + timing.repetitions)
     # On a GPU the first run compiles kernels: of what follows it says nothing.

@@ -1,18 +1,19 @@
-"""Held-out loss of a masked language model, beside what a predictor without context could reach."""
+"""Held-out loss of a language model, beside what a predictor without context could reach."""
 
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from mabert.data.mlm import IGNORED, Key, MlmDataset, collate_rows
+from mabert.data.mlm import IGNORED, Key, collate_rows
 from mabert.data.shards import unigram_entropy
-from mabert.training.masked_lm import labelled_logits
+from mabert.training.objectives import labelled_logits
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)  # math.exp raises OverflowError above it
 
@@ -24,19 +25,19 @@ class HeldOut:
     length: int
     """Tokens in a row."""
     loss: float
-    """Mean cross-entropy at the masked positions, in nats."""
+    """Mean cross-entropy of the predicted tokens, in nats."""
     perplexity: float
-    masked_accuracy: float
+    accuracy: float
     unigram_entropy: float
     """Entropy in nats of the rows' own token distribution: the best loss of any predictor that ignores context."""
     labels: int
-    """Masked positions that the means are over."""
+    """Predicted tokens that the means are over."""
 
 
 @torch.no_grad()
 def evaluate_held_out(
     model: PreTrainedModel,
-    dataset: MlmDataset,
+    dataset: Any,
     keys: Sequence[Key],
     *,
     batch_size: int,
@@ -50,7 +51,7 @@ def evaluate_held_out(
     No random number is drawn and the model's mode is restored, so training goes on as if nothing had happened.
 
     Raises:
-        ValueError: not one position of the rows is masked.
+        ValueError: not one token of the rows is to be predicted.
     """
     was_training = model.training
     model.eval()
@@ -80,13 +81,13 @@ def evaluate_held_out(
         length = int(lengths)
     loss, correct, labels = totals[:3].tolist()
     if not labels:
-        raise ValueError(f"not one position of the {len(keys)} held-out rows is masked: hold out more text.")
+        raise ValueError(f"not one token of the {len(keys)} held-out rows is to be predicted: hold out more text.")
     mean = loss / labels
     return HeldOut(
         length=length,
         loss=mean,
         perplexity=math.exp(mean) if mean < LARGEST_EXPONENT else math.inf,
-        masked_accuracy=correct / labels,
+        accuracy=correct / labels,
         unigram_entropy=unigram_entropy(totals[3:].cpu().numpy()),
         labels=int(labels),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from mabert.data.rows import Rows
 from mabert.data.shards import MANIFEST, Progress, Shards, prepare_shards
@@ -14,6 +14,7 @@ from mabert.data.tokenizer import load_tokenizer
 from mabert.inference.loading import load_config
 from mabert.training.batches import WorldLayout
 from mabert.training.estimate import Estimate, measure
+from mabert.training.objectives import objective_of, takes_seq_idx
 from mabert.training.optim import Schedule, plan_schedule
 from mabert.training.pretrain_config import PretrainConfig, check_trainable
 
@@ -85,7 +86,7 @@ def plan(config: PretrainConfig) -> PretrainPlan:
         train, held_out = prepare_rows(config, tokenizer)
         rows, held_out_rows = tuple(map(len, train)), tuple(map(len, held_out))
     with torch.device("meta"):
-        parameters = AutoModelForMaskedLM.from_config(model).num_parameters()
+        parameters = objective_of(model).auto_class.from_config(model).num_parameters()
     return PretrainPlan(
         config=config,
         model=model,
@@ -109,6 +110,9 @@ def resolve_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) ->
         assert isinstance(config.model, PreTrainedConfig)
         given = config.model.to_diff_dict()
         from_tokenizer = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        if not objective_of(config.model).is_masked:
+            ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+            from_tokenizer |= {name: value for name, value in ends.items() if given.get(name) is None}
         return type(config.model)(**given | from_tokenizer)
     model = load_config(config.init_from)
     if model.vocab_size != len(tokenizer):
@@ -165,7 +169,7 @@ def estimate(plan: PretrainPlan) -> Estimate:
     """
     sequences = min(plan.config.micro_batch_size, MEASURED_SEQUENCES)
     return measure(
-        AutoModelForMaskedLM.from_config(plan.model),
+        objective_of(plan.model).auto_class.from_config(plan.model),
         [_random_batch(plan, sequences, length) for length in plan.config.stage_lengths],
         scale=plan.config.micro_batch_size / sequences,
         steps=plan.schedule.stage_steps,
@@ -177,5 +181,9 @@ def estimate(plan: PretrainPlan) -> Estimate:
 def _random_batch(plan: PretrainPlan, sequences: int, length: int) -> dict[str, Tensor]:
     shape = (sequences, length)
     ids = torch.randint(plan.model.vocab_size, shape)
-    is_masked = torch.rand(shape) < plan.config.mlm_probability
-    return {"input_ids": ids, "seq_idx": torch.zeros_like(ids), "labels": ids.where(is_masked, -100)}
+    if not objective_of(plan.model).is_masked:
+        labels = ids
+    else:
+        labels = ids.where(torch.rand(shape) < plan.config.mlm_probability, -100)
+    known = {"seq_idx": torch.zeros_like(ids)} if takes_seq_idx(plan.model) else {}
+    return {"input_ids": ids, "labels": labels} | known

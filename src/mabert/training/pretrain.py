@@ -1,4 +1,4 @@
-"""Masked-language-model pretraining: one Trainer, one optimizer, one schedule over all stages of row length."""
+"""Pretraining of a language model: one Trainer, one optimizer, one schedule over all stages of row length."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,19 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForMaskedLM,
     PreTrainedTokenizerBase,
     TrainingArguments,
+    get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
     set_seed,
 )
 
-from mabert.data.mlm import IGNORED, MlmDataset
+from mabert.causal_config import TransMambaConfig
+from mabert.data.mlm import IGNORED
 from mabert.data.rows import Rows
-from mabert.data.tokenizer import load_tokenizer
+from mabert.data.tokenizer import for_generation, load_tokenizer
 from mabert.files import atomic_write
 from mabert.inference.loading import load_model
-from mabert.models import MaBertForMaskedLM
 from mabert.training.batches import StagedBatchSampler, train_loader
 from mabert.training.callbacks import (
     JsonLines,
@@ -38,7 +38,7 @@ from mabert.training.callbacks import (
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint
 from mabert.training.estimate import Estimate
 from mabert.training.held_out import HeldOut, evaluate_held_out
-from mabert.training.masked_lm import head_at, loss_at_labels
+from mabert.training.objectives import computes_own_loss, head_at, loss_at_labels, objective_of, takes_seq_idx
 from mabert.training.optim import adamw
 from mabert.training.plan import PretrainPlan, estimate, plan, prepare_rows
 from mabert.training.pretrain_config import PretrainConfig
@@ -65,11 +65,12 @@ class PretrainResult:
     """What a finished run reached; `metrics.json` in its folder."""
 
     output: Path
-    """Folder of the model: `AutoModelForMaskedLM.from_pretrained(output)`."""
+    """Folder of the model: `AutoModelForMaskedLM.from_pretrained(output)`, or `AutoModelForCausalLM`."""
     held_out_loss: float
-    """At the first stage's length, in nats a masked token."""
+    """At the first stage's length, in nats a predicted token."""
     perplexity: float
-    masked_accuracy: float
+    accuracy: float
+    """Of the masked or next tokens."""
     unigram_entropy: float
     """Of the held-out rows: the loss that any predictor without context stays above."""
     held_out: tuple[HeldOut, ...]
@@ -87,7 +88,7 @@ class PretrainResult:
 
 
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> PretrainResult:
-    """Pretrain a model by masked language modelling and leave it, with its tokenizer, in `config.output`.
+    """Pretrain a masked or causal language model and leave it, with its tokenizer, in `config.output`.
 
     A run that was stopped goes on from its newest complete checkpoint when it is started again with the same choices;
     a finished one gives its result at once. Works in one process or under `torchrun`.
@@ -125,11 +126,11 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         _say(console, line)
 
     set_seed(config.seed)
-    init = config.init_from
-    model = load_model(AutoModelForMaskedLM, init) if init else AutoModelForMaskedLM.from_config(planned.model)
+    init, objective = config.init_from, objective_of(planned.model)
+    model = load_model(objective.auto_class, init) if init else objective.auto_class.from_config(planned.model)
 
-    def masked(rows: list[Rows], seed: int) -> MlmDataset:
-        return MlmDataset(rows, tokenizer, seed=seed, mlm_probability=config.mlm_probability)
+    def samples(rows: list[Rows], seed: int) -> Any:
+        return objective.dataset(rows, tokenizer, seed=seed, mlm_probability=config.mlm_probability)
 
     with ExitStack() as stack:
         names = (STEP_LOG, EVALUATION_LOG) if is_first else ()
@@ -147,12 +148,13 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
             model=model,
             args=args,
             processing_class=tokenizer,
-            train_dataset=masked(train_rows, config.seed),
-            eval_dataset=masked(held_out_rows, HELD_OUT_SEED),
+            train_dataset=samples(train_rows, config.seed),
+            eval_dataset=samples(held_out_rows, HELD_OUT_SEED),
         )
         trainer.run(checkpoint)
     if is_first:
-        publish(trainer.accelerator.unwrap_model(trainer.model), tokenizer, output)
+        published = tokenizer if objective.is_masked else for_generation(tokenizer)
+        publish(trainer.accelerator.unwrap_model(trainer.model), published, output)
         _write_result(planned, args)
     trainer.accelerator.wait_for_everyone()
     return _read_result(output)
@@ -165,13 +167,14 @@ def _say(console: Console, line: str) -> None:
 class PretrainTrainer(RunTrainer):
     """The Trainer of `pretrain`: its own batches, optimizer, schedule and held-out evaluation."""
 
-    train_dataset: MlmDataset
-    eval_dataset: MlmDataset
+    train_dataset: Any
+    eval_dataset: Any
     processing_class: PreTrainedTokenizerBase
 
     def __init__(self, planned: PretrainPlan, *, logs: Sequence[JsonLines], **kwargs: Any) -> None:
         self.plan, self.evaluations = planned, logs[1] if logs else None
-        self.model_has_own_loss = isinstance(kwargs["model"], MaBertForMaskedLM)
+        self.model_has_own_loss = computes_own_loss(kwargs["model"])
+        self.tells_sequences_apart = takes_seq_idx(kwargs["model"].config)
         if not self.model_has_own_loss:
             kwargs["compute_loss_func"] = loss_at_labels
         super().__init__(steps=planned.schedule.steps, seed=planned.config.seed, logs=logs, **kwargs)
@@ -191,8 +194,14 @@ class PretrainTrainer(RunTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
         """Warm-up and decay over the schedule, which a truncated run does not reach the end of."""
-        schedule = self.plan.schedule
-        self.lr_scheduler = get_linear_schedule_with_warmup(self.optimizer, schedule.warmup_steps, schedule.decay_steps)
+        schedule, config = self.plan.schedule, self.plan.config
+        assert self.optimizer is not None
+        spans = (self.optimizer, schedule.warmup_steps, schedule.decay_steps)
+        if config.lr_schedule == "linear":
+            self.lr_scheduler = get_linear_schedule_with_warmup(*spans)
+        else:
+            least = config.min_lr_fraction
+            self.lr_scheduler = get_cosine_with_min_lr_schedule_with_warmup(*spans, min_lr_rate=least)
         return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -224,9 +233,10 @@ class PretrainTrainer(RunTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss at the labelled positions; rows of a model that knows no `seq_idx` are one sequence each."""
+        if not self.tells_sequences_apart:
+            del inputs["seq_idx"]
         if self.model_has_own_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        del inputs["seq_idx"]
         with head_at(inputs["labels"] != IGNORED, self.accelerator.unwrap_model(model)):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -252,8 +262,8 @@ class PretrainTrainer(RunTrainer):
                 self.evaluations.append({"step": step, **asdict(result)})
             self.progress.note(
                 f"held-out at step {step:,}, {length} tokens: loss {result.loss:.4f} (unigram entropy "
-                f"{result.unigram_entropy:.4f}), perplexity {result.perplexity:.2f}, masked accuracy "
-                f"{result.masked_accuracy:.4f}"
+                f"{result.unigram_entropy:.4f}), perplexity {result.perplexity:.2f}, accuracy "
+                f"{result.accuracy:.4f}"
             )
             metrics |= {f"eval_{length}_{name}": value for name, value in asdict(result).items()}
         self.log(metrics)
@@ -270,7 +280,8 @@ def _training_arguments(planned: PretrainPlan) -> TrainingArguments:
         micro_batch_size=config.micro_batch_size,
         accumulation=planned.layout.accumulation,
         ddp_backend="gloo" if on_cpu and planned.layout.world_size > 1 else None,
-        ddp_find_unused_parameters=False,
+        # a TransMamba layer whose TransPoint is behind every row has no use for what only the SSM reads
+        ddp_find_unused_parameters=planned.model.model_type == TransMambaConfig.model_type,
         ddp_timeout=24 * 3600,  # the other processes wait while the first one tokenises the text
         eval_strategy="steps",
         eval_steps=config.eval_every,
@@ -300,7 +311,7 @@ def _write_result(planned: PretrainPlan, args: TrainingArguments) -> None:
     held_out = [line for line in read_lines(output / EVALUATION_LOG) if line.pop("step") == steps]
     result = {
         "held_out_loss": held_out[0]["loss"],
-        **{name: held_out[0][name] for name in ("perplexity", "masked_accuracy", "unigram_entropy")},
+        **{name: held_out[0][name] for name in ("perplexity", "accuracy", "unigram_entropy")},
         "held_out": held_out,
         "steps": steps,
         "tokens": tokens,

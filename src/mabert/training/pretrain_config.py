@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from mabert.config import MaBertConfig
 from mabert.data.rows import MIN_LENGTH, Packing
 from mabert.training.batches import WorldLayout
-from mabert.training.masked_lm import takes_seq_idx
+from mabert.training.objectives import objective_of, takes_seq_idx
 from mabert.training.optim import BUDGET_MODES
 from mabert.training.run_config import RunConfig
 
 FROM_TOKENIZER = ("vocab_size", "pad_token_id")
+LR_SCHEDULES = ("linear", "cosine")
 
 _PATHS = ("tokenizer", "output", "shards", "init_from")
 _SOURCES = ("train", "valid")
@@ -64,7 +65,8 @@ class PretrainConfig(RunConfig):
 
     model: PreTrainedConfig | Mapping[str, Any] | None = None
     """The architecture; default: `MaBertConfig.base()`, or that of `init_from`. A mapping is one of MaBERT's, unless
-    its `model_type` names another masked language model of transformers."""
+    its `model_type` names another language model of transformers. Masked ones learn to fill in masked tokens, causal
+    ones (TransMamba and hybrids among them) to predict the next."""
     init_from: Path | None = None
     """Pretrained folder to start from; default: random weights."""
     seed: int = 0
@@ -85,9 +87,13 @@ class PretrainConfig(RunConfig):
     """Share of the steps of each stage."""
     packing: Packing = "documents"
     mlm_probability: float = 0.15
+    """Share of the tokens that a masked language model has to predict; a causal one predicts all."""
 
     learning_rate: float = 6e-4
     warmup_fraction: float = 0.024
+    lr_schedule: str = "linear"
+    """Decay after the warm-up: `"linear"` to zero, or `"cosine"` to `min_lr_fraction` of the peak."""
+    min_lr_fraction: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
@@ -149,6 +155,8 @@ class PretrainConfig(RunConfig):
             ("mlm_probability", 0 < self.mlm_probability < 1, "between 0 and 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "at least 0 and below 1"),
+            ("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}"),
+            ("min_lr_fraction", 0 <= self.min_lr_fraction < 1, "at least 0 and below 1"),
             ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             ("eps", self.eps > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
@@ -168,6 +176,11 @@ class PretrainConfig(RunConfig):
                 f"stage_fractions={shares} must give each of stage_lengths={self.stage_lengths} its share of the "
                 "steps: as many numbers above 0, which add up to 1."
             )
+        if self.min_lr_fraction and self.lr_schedule != "cosine":
+            raise ValueError(
+                f"min_lr_fraction={self.min_lr_fraction} has no effect on lr_schedule={self.lr_schedule!r}, which ends "
+                "at zero: take lr_schedule='cosine' beside it."
+            )
         WorldLayout(self.batch_size, self.micro_batch_size)
         if isinstance(self.model, PreTrainedConfig):
             check_trainable(self.model, self)
@@ -184,8 +197,9 @@ class PretrainConfig(RunConfig):
 
 def check_trainable(model: PreTrainedConfig, config: PretrainConfig) -> None:
     """Raise ValueError if a model of this architecture cannot be pretrained on the rows of `config`."""
-    if not MODEL_FOR_MASKED_LM_MAPPING.get(type(model), None):
-        raise ValueError(f"transformers has no masked language model for model_type={model.model_type!r}.")
+    objective = objective_of(model)
+    if not objective.is_masked and config.mlm_probability != PretrainConfig.mlm_probability:
+        raise ValueError(f"mlm_probability says nothing to a causal {model.model_type} model: leave it out.")
     if isinstance(model, MaBertConfig) and model.execution != "packed":
         raise ValueError(
             f"model.execution={model.execution!r} cannot pretrain: rows hold several documents and no pads, so psm has "

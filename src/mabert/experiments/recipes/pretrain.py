@@ -2,11 +2,13 @@
 
     mabert pretrain tiny train=text.txt tokenizer=tokenizer output=runs/tiny
 
-The three smaller ones keep the paper's pattern, stages and objective at sizes for smaller machines.
+The three smaller ones keep the paper's pattern, stages and objective at sizes for smaller machines. The last two are
+TransMamba's, a causal language model.
 """
 
 from pathlib import Path
 
+from mabert.causal_config import TransMambaConfig
 from mabert.config import MaBertConfig
 from mabert.training.pretrain_config import PretrainConfig
 
@@ -83,4 +85,76 @@ def base(train: tuple[str, ...], tokenizer: Path, output: Path) -> PretrainConfi
     return PretrainConfig(train=train, tokenizer=tokenizer, output=output)
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (tiny, mini, small, base)}
+def transmamba_tiny(train: tuple[str, ...], tokenizer: Path, output: Path) -> PretrainConfig:
+    """TransMamba of hidden size 128, for a laptop: 16 million tokens, 1,024 a sequence.
+
+    Command: mabert pretrain transmamba_tiny train=text.txt tokenizer=tokenizer output=runs/transmamba
+    Duration: unmeasured. Expected score: not measured yet.
+    """
+    return PretrainConfig(
+        train=train,
+        tokenizer=tokenizer,
+        output=output,
+        model=TransMambaConfig(
+            hidden_size=128,
+            num_hidden_layers=8,
+            num_attention_heads=2,
+            intermediate_size=512,
+            max_position_embeddings=1024,
+        ),
+        steps=2_000,
+        batch_size=8,
+        micro_batch_size=8,
+        stage_lengths=(1024,),
+        stage_fractions=(1.0,),
+        # CHOICE: the paper's schedule at a small model's rate
+        learning_rate=2e-3,
+        warmup_fraction=0.05,
+        lr_schedule="cosine",
+        min_lr_fraction=0.1,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        bf16=False,
+        eval_every=250,
+        eval_rows=64,
+        checkpoint_every=250,
+    )
+
+
+def transmamba(train: tuple[str, ...], tokenizer: Path, output: Path) -> PretrainConfig:
+    """The paper's TransMamba of 400 million parameters: 24 layers, hidden size 1536, 8,192 tokens a sequence.
+
+    Command: mabert pretrain transmamba train=text/ tokenizer=tokenizer output=runs/transmamba
+    Duration: unmeasured. Expected score: not measured yet.
+    """
+    return PretrainConfig(
+        train=train,
+        tokenizer=tokenizer,
+        output=output,
+        # PAPER TransMamba: Tables 7 and 8
+        model=TransMambaConfig(
+            hidden_size=1536,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            max_position_embeddings=8192,
+        ),
+        steps=9_900,  # 83 thousand million tokens
+        batch_size=1024,
+        micro_batch_size=2,
+        stage_lengths=(8192,),
+        stage_fractions=(1.0,),
+        learning_rate=2.5e-4,
+        # CHOICE: a hundredth of the steps, since the paper names no warm-up
+        warmup_fraction=0.01,
+        lr_schedule="cosine",
+        min_lr_fraction=0.1,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        eval_every=500,
+        eval_rows=128,
+        checkpoint_every=500,
+    )
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (tiny, mini, small, base, transmamba_tiny, transmamba)}

@@ -18,7 +18,7 @@ def first_length(results: Results) -> int:
 
 
 def held_out(results: Results, model: str, what: str, length: int | None = None) -> Measured:
-    """A model's "loss", "masked_accuracy" or other number of `HeldOut` on rows of a length, by default the first."""
+    """A model's "loss", "accuracy" or other number of `HeldOut` on rows of a length, by default the first."""
 
     tokens = length or first_length(results)
 
@@ -53,7 +53,7 @@ def pretraining_table(results: Results, models: Models) -> Table:
         entries = [entry(parameters(results, model, what), ".2f") for what in ("parameters", "encoder_parameters")]
         for length in lengths:
             entries.append(entry(held_out(results, model, "loss", length)))
-            entries.append(entry(held_out(results, model, "masked_accuracy", length), ".1%"))
+            entries.append(entry(held_out(results, model, "accuracy", length), ".1%"))
         rows.append(Row(label, entries))
     by_chance = [Entry(), Entry()]
     for length in lengths:

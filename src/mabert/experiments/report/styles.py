@@ -67,6 +67,26 @@ STYLES = {
         for convolution, dashes in _CONVOLUTIONS.items()
     },
     "MaBERT": Style("vermillion", "o", width=2.2),
+    "Transformer": Style("grey", "v"),
+    "Mamba-2": Style("brown", "^"),
+    "Hybrid": Style("blue", "s"),
+    **{
+        f"TransMamba-V{n}": Style(colour, marker, (3, 1.5))
+        for n, (colour, marker) in enumerate(
+            [
+                ("sky", "o"),
+                ("green", "o"),
+                ("amber", "o"),
+                ("rose", "s"),
+                ("indigo", "s"),
+                ("sky", "s"),
+                ("green", "D"),
+                ("amber", "D"),
+            ],
+            start=1,
+        )
+    },
+    "TransMamba-V9": Style("vermillion", "o", width=2.2),
 }
 """Of each model."""
 

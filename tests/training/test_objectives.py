@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, BertConfig
 
 from mabert.experiments.architectures import BASELINES, Vocabulary, architecture
 from mabert.experiments.scales import SCALES
-from mabert.training.masked_lm import head_at, labelled_logits
+from mabert.training.objectives import head_at, labelled_logits
 from mabert.training.pretrain import PretrainConfig, pretrain
 
 SCALE = replace(SCALES["tiny"](), hidden_size=32, num_attention_heads=2, intermediate_size=32, stage_lengths=(16, 32))
@@ -127,9 +127,9 @@ def test_several_sequences_in_a_row_are_refused_where_they_would_mix(prepared):
     config(prepared, model=model_config("MaBERT"))
 
 
-def test_a_model_that_predicts_no_masks_is_refused(prepared):
-    with pytest.raises(ValueError, match="no masked language model for model_type='gpt2'"):
-        config(prepared, model={"model_type": "gpt2"})
+def test_a_model_of_no_language_is_refused(prepared):
+    with pytest.raises(ValueError, match="transformers has no language model, masked or causal, for model_type='vit'"):
+        config(prepared, model={"model_type": "vit"})
 
 
 def test_a_config_is_saved_and_read_again(prepared):

@@ -1,0 +1,105 @@
+"""Time of a causal model's training step, or of one TransMamba mixer, measured in the process that runs this module:
+
+    python -m mabert.experiments.causal_timing '{"architecture": "TransMamba-V9", ...}'
+
+The argument is a `CausalTiming` as JSON; the last line printed is the result.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mabert.causal_config import TransMambaConfig
+from mabert.experiments.architectures import causal_architecture
+from mabert.experiments.scales import CausalScale
+from mabert.experiments.timing import is_out_of_memory, memory, milliseconds, repeat
+from mabert.layers.transmamba import TransMambaMixer
+from mabert.models.init import init_module
+from mabert.ops import SequenceLayout
+from mabert.training.optim import adamw
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalTiming:
+    """What is measured, and how, as JSON values."""
+
+    architecture: str
+    size: dict[str, Any]
+    """Fields of a `CausalScale` that say how large the model is."""
+    length: int
+    point: int | None = None
+    """Only one mixer of TransMamba, forward and backward, with this TransPoint; otherwise a model's training step."""
+    bf16: bool
+    device: str
+    warm_up: int = 1
+    repetitions: int
+    seconds: float
+
+
+def measure(timing: CausalTiming) -> dict[str, Any]:
+    """Median and samples in milliseconds of one row, and the most memory used."""
+    torch.manual_seed(0)
+    config = causal_architecture(timing.architecture, CausalScale(**timing.size), longest=timing.length)
+    made = mixer_pass(config, timing) if timing.point is not None else training_step(config, timing)
+    run, parameters = made
+
+    def in_precision() -> None:
+        with torch.autocast(timing.device, torch.bfloat16, enabled=timing.bf16):
+            run()
+
+    with memory(timing.device) as used:
+        samples = repeat(in_precision, milliseconds(in_precision, timing.device), timing)
+    return samples | used | {"parameters": parameters, "threads": torch.get_num_threads()}
+
+
+def training_step(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], int]:
+    """One step of the optimizer over one row, every token of which is predicted."""
+    model = AutoModelForCausalLM.from_config(config).to(timing.device).train()
+    optimizer = adamw(model, learning_rate=1e-4)
+    ids = torch.randint(5, config.vocab_size, (1, timing.length), device=timing.device)
+
+    def run() -> None:
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run, model.num_parameters()
+
+
+def mixer_pass(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], int]:
+    """One mixer by itself, forward and backward."""
+    assert isinstance(config, TransMambaConfig)
+    config.transpoints = [timing.point]
+    mixer = TransMambaMixer(config, 0).to(timing.device).train()
+    for module in mixer.modules():
+        init_module(module, config)
+    x_TH = torch.randn(timing.length, config.hidden_size, device=timing.device, requires_grad=True)
+
+    def run() -> None:
+        layout = SequenceLayout.build(1, timing.length, timing.device, packed=True)
+        mixer(x_TH, layout).sum().backward()
+
+    return run, sum(parameter.numel() for parameter in mixer.parameters())
+
+
+def main() -> None:
+    """Measure what the command line asks for; want of memory is a result."""
+    timing = CausalTiming(**json.loads(sys.argv[1]))
+    try:
+        result = measure(timing)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = {"out_of_memory": True}
+    if timing.device == "cuda":
+        result["memory_limit_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
