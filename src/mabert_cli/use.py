@@ -1,4 +1,4 @@
-"""`mabert predict`, `mabert fill-mask`, `mabert encode`: a trained model in use."""
+"""`mabert predict`, `fill-mask`, `generate`, `encode`: a trained model in use."""
 
 from pathlib import Path
 from typing import Annotated
@@ -65,6 +65,45 @@ def fill_mask(
             output.print(
                 f"{candidate.probability:6.1%}  [cyan]{escape(candidate.token):16}[/]  {escape(candidate.text)}"
             )
+
+
+def generate(
+    model: Model,
+    texts: Annotated[list[str], typer.Argument(help="Beginnings of texts, each in quotes.", metavar="TEXT…")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each text, at most.")] = 50,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most probable token each time; above it tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the tokens that have this much probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    transpoints: Annotated[
+        str | None, typer.Option(help="TransMamba: another schedule, V1 to V9, or tokens as 0,128,256.")
+    ] = None,
+) -> None:
+    """Go on with a text by a causal model.
+
+    Example: [bold]mabert generate runs/transmamba "The history of" --temperature 0.8[/]
+    """
+    from mabert.inference.generate import generate as go_on
+
+    schedule = None if transpoints is None else as_schedule(transpoints)
+    answers = go_on(
+        texts,
+        model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        transpoints=schedule,
+    )
+    for answer in answers:
+        output.print(answer, markup=False, highlight=False, soft_wrap=True)
+
+
+def as_schedule(text: str) -> str | list[int]:
+    """The name of a schedule, or the tokens of one."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else text
 
 
 def encode(

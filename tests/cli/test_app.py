@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from mabert_cli import environment
 from mabert_cli.app import app
 
-COMMANDS = ["tokenizer", "pretrain", "finetune", "predict", "fill-mask", "encode", "env"]
+COMMANDS = ["tokenizer", "pretrain", "finetune", "predict", "fill-mask", "generate", "encode", "env"]
 
 
 def run(*arguments: str | Path) -> Result:

@@ -1,15 +1,16 @@
-"""`mabert predict`, `mabert fill-mask`, `mabert encode` hand every option on and say what they wrote."""
+"""`mabert predict`, `fill-mask`, `generate`, `encode` hand every option on and say what they wrote."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import write_classifier, write_mabert
+from tiny_models import write_classifier, write_mabert, write_transmamba
 from typer.testing import CliRunner, Result
 
 from mabert.inference.encode import encode
 from mabert.inference.fill_mask import fill_mask
+from mabert.inference.generate import generate
 from mabert.inference.predict import predict
 from mabert_cli.app import app
 
@@ -101,6 +102,18 @@ def test_fill_mask_needs_a_mask(model: Path) -> None:
     result = run("fill-mask", model, "no mask here")
     assert result.exit_code == 2
     assert "write [MASK] where" in " ".join(result.stderr.split())
+
+
+def test_generate_goes_on_with_each_text(tmp_path: Path) -> None:
+    folder, texts = write_transmamba(tmp_path / "model"), ["the cat sees", "a"]
+    result = run("generate", folder, *texts, "--max-new-tokens", "4")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == generate(texts, folder, max_new_tokens=4)
+    options = ["--temperature", "2", "--top-p", "0.9", "--seed", "3", "--transpoints", "0,5"]
+    drawn = run("generate", folder, *texts, "--max-new-tokens", "4", *options)
+    choices = {"temperature": 2.0, "top_p": 0.9, "seed": 3, "transpoints": [0, 5]}
+    assert drawn.stdout.splitlines() == generate(texts, folder, max_new_tokens=4, **choices)
+    assert run("generate", folder, "a", "--transpoints", "V11").exit_code == 2
 
 
 def test_encode_writes_a_vector_a_line(model: Path, tmp_path: Path) -> None:

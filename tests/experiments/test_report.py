@@ -17,6 +17,7 @@ from mabert.experiments.report import write_report
 from mabert.experiments.report.collect import Record
 from mabert.experiments.report.pretraining import tokens_at
 from mabert.experiments.scales import tiny
+from mabert.experiments.transpoints import timing_cells
 
 VOID = {"meta", "link"}
 
@@ -312,6 +313,43 @@ def test_time_and_memory_by_length_and_what_did_not_fit(results: Path) -> None:
     assert "models of scale tiny, small-scale: not comparable" in page.figure("Table B7")["text"]
 
 
+def test_schedules_stand_beside_the_published_losses(results: Path) -> None:
+    folder = results / "tiny"
+    for model, loss in (("TransMamba-V9", 3.0), ("Transformer", 3.5)):
+        config = pretraining_config(tiny(), model) | {"stage_lengths": [128], "stage_fractions": [1.0]}
+        put(folder, f"causal/{model}/0", pretrained(loss, config), config)
+    page = report(results)
+    rows = page.rows("TransMamba's Table 6")
+    assert rows["TransMamba V9 [0, 128, 256, 512, 1024, 2048, 4096, 8192]"][0] == "2.974"
+    assert rows["TransMamba V9 [0, 128, 256, 512, 1024, 2048, 4096, 8192], published"][0] == "2.898"
+    assert rows["Transformer (TTTT), published"][0] == "3.098"
+    assert rows["Mamba-2 (MMMM)"][0] == "–"
+    assert not any("V1 " in label for label in rows), "a schedule that was not run"
+    assert "2 of 4 cells" in page.figure("Next-token loss")["text"]
+
+
+def test_training_times_are_relative_to_the_transformers(results: Path) -> None:
+    folder = results / "tiny"
+    for cell in timing_cells(tiny()):
+        config, point = cell.config, cell.config["point"]
+        if point is None:
+            milliseconds = {"TransMamba-V9": 30.0, "Transformer": 40.0, "Mamba-2": 50.0}.get(
+                config["architecture"], 60.0
+            )
+            put(folder, cell.name, time_of(milliseconds * config["length"] / 128), config)
+        else:
+            put(folder, cell.name, time_of(10.0 + abs(point - 128) / 10), config)
+    page = report(results)
+    rows = page.rows("TransMamba's Table 5 · Time of a training step, fp32")
+    assert rows["TransMamba V9 [0, 128, 256, 512, 1024, 2048, 4096, 8192]"] == ["30", "0.75", "60", "0.75"]
+    assert rows["Transformer (TTTT)"] == ["40", "1.00", "80", "1.00"]
+    assert rows["Mamba-2 (MMMM), published"] == ["", "", "", "0.77"]
+    assert (
+        "the fastest of these TransPoints is 128 (0.44 of attention alone)"
+        in page.figure("TransMamba's Figure 4 (a) · Cost of a layer by TransPoint, fp32")["text"]
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "title"),
     [
@@ -320,6 +358,9 @@ def test_time_and_memory_by_length_and_what_did_not_fit(results: Path) -> None:
         ("drift", "Drift of"),
         ("efficiency", "Figure 5"),
         ("tuning", "Hyperparameters"),
+        ("causal", "TransMamba's Table 6"),
+        ("causal-step", "TransMamba's Table 5"),
+        ("causal-layer", "TransMamba's Figure 4"),
     ],
 )
 def test_each_kind_of_cell_can_be_the_only_one(invented: Page, results: Path, kind: str, title: str) -> None:
@@ -362,6 +403,10 @@ def test_drift_is_shown_by_mode_with_its_findings(invented: Page) -> None:
         "Headline · Baselines over MaBERT, cpu, fp32",
         "Table B5 · Parameters",
         "Hyperparameters of fine-tuning",
+        "Next-token loss while pretraining",
+        "TransMamba's Table 6 · Loss by schedule",
+        "TransMamba's Table 5 · Time of a training step, fp32",
+        "TransMamba's Figure 4 (a) · Cost of a layer by TransPoint, bf16",
     ],
 )
 def test_every_experiment_has_its_tables(invented: Page, title: str) -> None:
@@ -387,7 +432,8 @@ def test_the_page_is_whole_and_needs_nothing_else(invented: Page) -> None:
     assert invented.loads == ["data:,"]
     assert not re.search(r"<script|@import|url\((?!#)", invented.text)
     assert {link for link in invented.links if link.startswith("#")} <= {f"#{name}" for name in invented.ids}
-    assert {link for link in invented.links if not link.startswith("#")} == {"https://arxiv.org/abs/2603.03001"}
+    outside = {link for link in invented.links if not link.startswith("#")}
+    assert outside == {"https://arxiv.org/abs/2603.03001", "https://arxiv.org/abs/2503.24067"}
     references = set(re.findall(r'(?:url\(|href=")#([mp][0-9a-f]{10})', invented.text))
     assert references
     assert references <= set(invented.ids)

@@ -16,11 +16,19 @@ from mabert.experiments.scales import SCALES, tiny
         ({"tasks": ()}, "tasks is empty: give at least one"),
         ({"learning_rates": ()}, "learning_rates is empty"),
         ({"efficiency_scale": "huge"}, "efficiency_scale='huge' is not one of tiny, cpu, mini, small, base"),
+        ({"causal": {"steps": 0}}, "causal.steps=0 must be at least 1"),
+        ({"causal": {"layers": 6}}, "causal.layers=6 must be a multiple of 4"),
+        ({"causal": {"schedules": ("V9", "V11")}}, "there is no schedule 'V11'. There are V1, V2"),
+        ({"causal": {"timed": "huge"}}, "causal.timed='huge' is not one of tiny"),
+        ({"causal": {"timed_points": 1}}, "causal.timed_points=1 must be at least 2"),
     ],
 )
 def test_bad_choices_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(tiny(), **changes)
+        replace(
+            tiny(),
+            **{name: replace(tiny().causal, **new) if name == "causal" else new for name, new in changes.items()},
+        )
 
 
 @pytest.mark.parametrize("name", SCALES)

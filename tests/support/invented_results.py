@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mabert.experiments.architectures import BASELINES, MABERTS
+from mabert.experiments.architectures import BASELINES, CAUSAL_REFERENCES, MABERTS, transmamba_name
 from mabert.experiments.catalogue import named
 from mabert.experiments.drift import MEASURES, MODES, PADS
 from mabert.experiments.efficiency import KINDS, MODELS, PROTOCOLS, efficiency_cell
 from mabert.experiments.finetuning import main_metric
 from mabert.experiments.report.collect import SCORES
 from mabert.experiments.scales import SCALES, Scale
+from mabert.experiments.transpoints import timing_cells
 
 STAMP = {
     "date": "2026-01-02",
@@ -112,6 +113,7 @@ def everything(results: Path, name: str, seed: int = 0) -> Path:
             _finetune(folder, scale, f"{architecture}~psm={variant}", rng.gauss(0, 0.02), rng)
     _drift(folder, rng)
     _efficiency(folder, scale, rng)
+    _transpoints(folder, scale, rng)
     return folder
 
 
@@ -171,6 +173,27 @@ def _drift(folder: Path, rng: random.Random) -> None:
             findings = [f"Invented finding about {side} pads.", "Another one, which says where the paper is met."]
             result = {"rows": 1043, "data": "CoLA dev", "pads": list(PADS), "modes": modes, "findings": findings}
             put(folder, f"drift/{name}/{choices['scan_direction']}-{choices['conv_mode']}/{side}", result)
+
+
+def _transpoints(folder: Path, scale: Scale, rng: random.Random) -> None:
+    for name in (*CAUSAL_REFERENCES, *map(transmamba_name, scale.causal.schedules)):
+        config = pretraining_config(scale, name) | {
+            "steps": scale.causal.steps,
+            "batch_size": scale.causal.batch_size,
+            "stage_lengths": [scale.causal.length],
+            "stage_fractions": [1.0],
+        }
+        put(folder, f"causal/{name}/0", pretrained(4.2 + rng.gauss(0, 0.1), config), config)
+    for cell in timing_cells(scale):
+        cost = (cell.config["length"] / 128) ** 1.2 * (1 if cell.config["point"] is None else 0.1)
+        milliseconds = 60 * cost * rng.uniform(0.8, 1.3)
+        result = {
+            "median_ms": milliseconds,
+            "samples_ms": [milliseconds * rng.gauss(1, 0.03) for _ in range(5)],
+            "repetitions": 5,
+            "peak_resident_bytes": 2**29,
+        }
+        put(folder, cell.name, result, cell.config)
 
 
 def _efficiency(folder: Path, scale: Scale, rng: random.Random) -> None:

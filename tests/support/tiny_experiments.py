@@ -10,7 +10,7 @@ from mabert.experiments.catalogue import Suite
 from mabert.experiments.cells import CellStore
 from mabert.experiments.finetuning import Finetuning
 from mabert.experiments.pretraining import Pretraining
-from mabert.experiments.scales import Scale
+from mabert.experiments.scales import CausalScale, Scale
 from mabert.experiments.sources import Sources
 
 QUIET = Console(quiet=True)
@@ -40,6 +40,22 @@ SECONDS = Scale(
     learning_rates=(1e-3, 1e-2),
     batch_sizes=(8,),
     epochs=(1,),
+    causal=CausalScale(
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=96,
+        layers=4,
+        length=64,
+        steps=4,
+        batch_size=2,
+        micro_batch_size=2,
+        learning_rate=1e-2,
+        eval_rows=4,
+        schedules=("V9",),
+        timed="tiny",
+        timed_lengths=(64, 128),
+        timed_points=3,
+    ),
 )
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, PreTrainedTokenizerFast
 
-from mabert import MaBertConfig, MaBertForMaskedLM, MaBertForSequenceClassification
+from mabert import (
+    MaBertConfig,
+    MaBertForMaskedLM,
+    MaBertForSequenceClassification,
+    TransMambaConfig,
+    TransMambaForCausalLM,
+)
+from mabert.data.tokenizer import for_generation
 
 NOUNS = ["cat", "dog", "bird", "fish", "horse"]
 VERBS = ["sees", "hears", "likes", "finds"]
@@ -52,6 +59,16 @@ def write_bert(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     sizes = TINY | {"num_hidden_layers": 2, "vocab_size": len(tiny_tokenizer())}
     return _write(folder, BertForMaskedLM(BertConfig(**(sizes | changes))))
+
+
+def write_transmamba(folder: Path, **changes: Any) -> Path:
+    """A TransMambaForCausalLM folder with a tokenizer to generate with."""
+    torch.manual_seed(0)
+    sizes = TINY | {"num_hidden_layers": 2, "vocab_size": len(tiny_tokenizer()), "initializer_range": 0.5}
+    ends = {"bos_token_id": 2, "eos_token_id": 3}
+    TransMambaForCausalLM(TransMambaConfig(**sizes | ends | changes)).save_pretrained(folder)
+    for_generation(tiny_tokenizer()).save_pretrained(folder)
+    return folder
 
 
 def _write(folder: Path, model: Any) -> Path:

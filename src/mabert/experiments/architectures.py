@@ -244,15 +244,14 @@ def causal_architecture(
     if name not in CAUSAL_REFERENCES:
         known = [*CAUSAL_REFERENCES, *map(transmamba_name, TRANSPOINTS)]
         raise ValueError(f"there is no causal architecture {name!r}. There are {', '.join(known)}.")
-    return reference(
-        _matching_width(encoder_parameters(transmamba("V9")), lambda ffn: encoder_parameters(reference(ffn)))
-    )
+    target, step = encoder_parameters(transmamba("V9")), max(1, scale.hidden_size // 32)
+    return reference(_matching_width(target, lambda ffn: encoder_parameters(reference(ffn)), step))
 
 
-def _matching_width(target: int, parameters: Callable[[int], int]) -> int:
-    """The width of the FFN, a multiple of `STEP`, at which a model comes nearest to so many parameters."""
+def _matching_width(target: int, parameters: Callable[[int], int], step: int = STEP) -> int:
+    """The width of the FFN, 64 and a multiple of `step`, at which a model comes nearest to so many parameters."""
     low, high = parameters(64), parameters(128)
-    return 64 + STEP * round((target - low) / (high - low) * 64 / STEP)
+    return 64 + step * round((target - low) / (high - low) * 64 / step)
 
 
 def encoder_parameters(config: PreTrainedConfig) -> int:

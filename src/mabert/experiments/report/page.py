@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from mabert.experiments.published import SOURCE
+from mabert.experiments.published import SOURCE, TRANSMAMBA
 from mabert.experiments.report.collect import Results, read_results
 from mabert.experiments.report.drift import drift
 from mabert.experiments.report.efficiency import efficiency
@@ -15,6 +15,7 @@ from mabert.experiments.report.paper_tables import ablations, budgets, patterns,
 from mabert.experiments.report.styles import colour_variables
 from mabert.experiments.report.transpoints import transpoints
 from mabert.experiments.scales import SCALES
+from mabert.experiments.sources import GENERATED
 from mabert.files import atomic_write
 
 EXPERIMENTS: dict[str, tuple[str, Callable[[Results], Section | None]]] = {
@@ -80,12 +81,16 @@ def _style() -> Html:
 
 
 def _preface() -> list[Html]:
-    paper = element("a", SOURCE, href=f"https://arxiv.org/abs/{SOURCE.split()[-1]}")
+    paper, transmamba = (
+        element("a", source, href=f"https://arxiv.org/abs/{source.split()[-1]}") for source in (SOURCE, TRANSMAMBA)
+    )
     return [
         element(
             "p",
             "Every table and figure of MaBERT (",
             paper,
+            "), and TransMamba's of schedules and time (",
+            transmamba,
             "), by one code at every scale, from pretraining to the score.",
             class_="lead",
         ),
@@ -158,7 +163,7 @@ def _setting(results: Results) -> str:
     """What was pretrained, on what."""
     found = results.of("pretraining")
     if not found:
-        return "No model was pretrained at this scale."
+        return "No encoder was pretrained at this scale."
     config = next((record for name, record in found.items() if "@" not in name[0]), next(iter(found.values()))).config
     text = config["text"]["text"]
     lengths = " then ".join(f"{length}" for length in config["stage_lengths"])
@@ -166,6 +171,6 @@ def _setting(results: Results) -> str:
     return (
         f"Twelve layers, hidden size {sizes['hidden_size']}, {sizes['num_attention_heads']} heads. Pretrained for "
         f"{config['steps']:,} steps of {config['batch_size']} rows of {lengths} tokens, on "
-        f"{'generated text' if isinstance(text, str) else ', '.join(text)}, with one vocabulary of up to "
+        f"{'generated text' if GENERATED in text else ', '.join(text)}, with one vocabulary of up to "
         f"{config['text']['vocab_size']:,}."
     )
