@@ -1,10 +1,12 @@
-"""The configurations of the causal language models: TransMamba, and hybrids of attention and SSM by layer."""
+"""The configurations of the causal language models: TransMamba, and hybrids of attention and SSM."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from mabert.config import FUSIONS
 
 # PAPER TransMamba: the schedules of Table 6, in tokens of a sequence of 8,192
 TRANSPOINTS = {
@@ -109,17 +111,18 @@ class TransMambaConfig(CausalConfig):
             name of one of the paper's schedules, "V1" to "V9", which are shares of `max_position_embeddings` (printed
             for 8,192). A token whose index in its sequence is below its layer's TransPoint is attended to, the others
             go through the SSM: 0 is an SSM alone, a TransPoint of at least the length is attention alone. It may be
-            changed at any time.
+            changed at any time, except below a cache.
 
     Raises:
-        ValueError: a value is outside its range, there is no schedule of that name, a list is empty or holds what is
-            no number of tokens.
+        ValueError: a value is outside its range, there is no schedule of that name, a list is empty or holds a
+            negative number.
+        StrictDataclassFieldValidationError: a value has another type, as transpoints=[1.5].
     """
 
     model_type = "transmamba"
 
     num_hidden_layers: int = 12
-    transpoints: Any = "V9"
+    transpoints: str | list[int] | tuple[int, ...] = "V9"
 
     def check(self) -> None:
         """Raise ValueError where a value is outside its range or contradicts another one."""
@@ -139,45 +142,56 @@ class TransMambaConfig(CausalConfig):
                 )
             # CHOICE: at other lengths than the paper's 8,192 the schedules keep their shares of the sequence
             points = [point * self.max_position_embeddings // TRANSPOINT_LENGTH for point in TRANSPOINTS[points]]
-        if not isinstance(points, Sequence):
-            raise ValueError(
-                f"transpoints={points!r} must be a list of tokens, one a layer, as [0, 128, 256], or a schedule's name."
-            )
         if not points:
             raise ValueError("transpoints is empty: give at least one TransPoint, which all layers then share.")
-        for point in points:
-            if not isinstance(point, int) or isinstance(point, bool) or point < 0:
-                raise ValueError(
-                    f"transpoints={points!r}: {point!r} is no number of tokens, which is whole and at least 0."
-                )
+        if min(points) < 0:
+            raise ValueError(f"transpoints={points!r}: {min(points)} is no number of tokens, which is at least 0.")
         return [points[layer % len(points)] for layer in range(self.num_hidden_layers)]
 
 
-HYBRID_LAYERS = {"T": "full_attention", "M": "linear_attention"}
+HYBRID_LAYERS = {
+    "T": "full_attention",
+    "M": "linear_attention",
+    "S": "hybrid",
+    "A": "hybrid",
+    "P": "hybrid",
+}
+SSMS = ("mamba2", "mamba1")
 
 
 @strict
 class HybridConfig(CausalConfig):
-    """Configuration of `HybridForCausalLM`: layers of attention and of Mamba-2 in any order.
+    """Configuration of `HybridForCausalLM`: layers of attention and SSM in any order (after arXiv 2510.26912).
 
     Args:
-        pattern: one letter a layer, first layer first: `T` (attention) or `M` (Mamba-2), each with a feed-forward
-            network. Its length is `num_hidden_layers`.
-        state_size: N, of Mamba-2.
-        expand: the width of Mamba-2's recurrence, in hidden sizes.
+        pattern: one letter a layer, first layer first, each with a feed-forward network: `T` (attention), `M` (SSM),
+            `S` (SSM, then attention), `A` (attention, then SSM) or `P` (both side by side, fused). Its length is
+            `num_hidden_layers`.
+        ssm: `"mamba2"` or `"mamba1"`.
+        fusion: what makes one output of the two branches of a `P` layer: `"mean"` of their norms, `"gate"` from the
+            layer's input, `"merge-attention"` (queries from attention, keys and values from the SSM, or
+            `"merge-attention-swapped"`), `"scaled"` or `"concat"`.
+        sliding_window: tokens that a token attends to, its own included; None for all before it.
+        state_size: N, of the SSM.
+        expand: the width of the SSM's recurrence, in hidden sizes.
         mamba_head_size: width of one head of Mamba-2.
+        time_step_rank: rank of Mamba-1's step-size projection; `"auto"` is ceil(hidden_size / 16).
 
     Raises:
-        ValueError: a letter is unknown, or a value is outside its range.
+        ValueError: a letter, an SSM or a fusion is unknown, or a value is outside its range.
     """
 
     model_type = "mabert_hybrid"
 
     pattern: str = "MMMTMMMTMMMT"
+    ssm: str = "mamba2"
+    fusion: str = "mean"
+    sliding_window: int | None = None
     # CHOICE: Mamba-2's state size, expansion and head
     state_size: int = 128
     expand: int = 2
     mamba_head_size: int = 64
+    time_step_rank: int | Literal["auto"] = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
         given_depth = kwargs.pop("num_hidden_layers", None)
@@ -187,6 +201,8 @@ class HybridConfig(CausalConfig):
                 "Leave num_hidden_layers out: the pattern alone says how many layers there are."
             )
         kwargs.pop("layer_types", None)
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
         self._check_pattern()
         super().__post_init__(**kwargs)
 
@@ -195,18 +211,24 @@ class HybridConfig(CausalConfig):
         if unknown or not self.pattern:
             found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
             raise ValueError(
-                f"pattern {self.pattern!r} has {found}. Write one letter a layer: T (attention) or M (Mamba-2), as in "
-                "MMMTMMMT."
+                f"pattern {self.pattern!r} has {found}. Write one letter a layer: T (attention), M (SSM), S (SSM, then "
+                "attention), A (attention, then SSM) or P (both, fused), as in MMMTMMMT."
             )
 
     def check(self) -> None:
         """Raise ValueError where a value is outside its range or contradicts another one."""
         self._check_pattern()
         super().check()
-        for name in ("state_size", "expand", "mamba_head_size"):
+        for name, allowed in (("ssm", SSMS), ("fusion", FUSIONS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+        for name in ("state_size", "expand", "mamba_head_size", "time_step_rank"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
-        if "M" in self.pattern and self.inner_size % self.mamba_head_size:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 token, or None for all, not {self.sliding_window}.")
+        has_heads = self.ssm == "mamba2" and set(self.pattern) != {"T"}
+        if has_heads and self.inner_size % self.mamba_head_size:
             raise ValueError(
                 f"Mamba-2's width {self.inner_size} (expand * hidden_size) is no multiple of mamba_head_size "
                 f"{self.mamba_head_size}. Choose a head size that divides it."
@@ -224,5 +246,5 @@ class HybridConfig(CausalConfig):
 
     @property
     def inner_size(self) -> int:
-        """E, the width of Mamba-2's recurrence."""
+        """E, the width of the SSM's recurrence."""
         return self.expand * self.hidden_size

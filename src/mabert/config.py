@@ -6,7 +6,10 @@ from typing import Any, Literal, Self
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-LAYER_KINDS = {"M": "linear_attention", "T": "full_attention"}
+LAYER_KINDS = {"M": "linear_attention", "T": "full_attention", "P": "hybrid"}
+
+FUSIONS = ("mean", "gate", "merge-attention", "scaled", "concat", "merge-attention-swapped")
+"""Ways to make one output of attention and SSM side by side."""
 
 CHOICES = {
     "position_embedding_type": ("absolute", "rope", "none"),
@@ -15,6 +18,7 @@ CHOICES = {
     "psm": ("none", "pre", "post", "pre+post", "exact"),
     "pooling": ("map", "attention", "cls", "mean"),
     "execution": ("packed", "padded"),
+    "fusion": FUSIONS,
 }
 
 
@@ -23,8 +27,8 @@ class MaBertConfig(PreTrainedConfig):
     """Configuration of `MaBertModel` and its heads (arXiv 2603.03001).
 
     Args:
-        pattern: one letter a layer, first layer first: `M` (Mamba) or `T` (Transformer). Its length is
-            `num_hidden_layers`.
+        pattern: one letter a layer, first layer first: `M` (Mamba), `T` (Transformer) or `P` (both side by side on the
+            same input, fused). Its length is `num_hidden_layers`.
         conv_mode: what the depthwise convolution of an M layer sees: `"centered"` (kernel 4: one neighbour to the left,
             two to the right) or `"causal"` (three to the left).
         scan_direction: `"forward"`, `"backward"` (the whole mixer flipped within each sequence), `"alternating"`
@@ -39,6 +43,9 @@ class MaBertConfig(PreTrainedConfig):
         time_step_rank: rank R of the step-size projection; `"auto"` is ceil(hidden_size / 16).
         time_step_min, time_step_max, time_step_floor: the initial step sizes are log-uniform in [min, max], at least
             floor.
+        fusion: what makes one output of the two branches of a `P` layer: `"mean"` of their norms, `"gate"` from the
+            layer's input, `"merge-attention"` (queries from attention, keys and values from Mamba, or
+            `"merge-attention-swapped"`), `"scaled"` or `"concat"`.
         position_embedding_type: `"absolute"` (learned), `"rope"` (on the queries and keys of T layers, base
             `rope_parameters["rope_theta"]`) or `"none"`.
         max_position_embeddings: the longest sequence, in tokens.
@@ -81,6 +88,7 @@ class MaBertConfig(PreTrainedConfig):
     psm: str = "exact"
     pooling: str = "map"
     execution: str = "packed"
+    fusion: str = "mean"
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -107,7 +115,7 @@ class MaBertConfig(PreTrainedConfig):
             found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
             raise ValueError(
                 f"pattern {self.pattern!r} has {found}. Write one letter a layer: "
-                "M (Mamba) or T (Transformer), as in MMTMMTMMTMMT."
+                "M (Mamba), T (Transformer) or P (both side by side), as in MMTMMTMMTMMT."
             )
 
     def check(self) -> None:
@@ -185,11 +193,11 @@ class MaBertConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def scan_directions(self) -> list[str | None]:
-        """Direction of each layer's scan, `None` for T layers; "alternating" counts M layers only."""
+        """Direction of each layer's scan, `None` for T layers; "alternating" counts the layers that scan only."""
         directions: list[str | None] = []
         seen = 0
         for letter in self.pattern:
-            if letter != "M":
+            if letter == "T":
                 directions.append(None)
                 continue
             if self.scan_direction == "alternating":

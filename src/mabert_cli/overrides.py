@@ -88,8 +88,11 @@ def overridable(config: Any) -> dict[str, Any]:
 
 
 def own_fields(config: Any) -> dict[str, Any]:
-    """The fields that the class itself declares, and their types: not those that a model config inherits."""
-    annotations = inspect.get_annotations(type(config), eval_str=True)
+    """The fields that the class itself or one of ours above it declares, and their types: not those that a model config
+    inherits from transformers."""
+    package = type(config).__module__.partition(".")[0]
+    ours = [kind for kind in reversed(type(config).__mro__) if kind.__module__.partition(".")[0] == package]
+    annotations = {name: kind for own in ours for name, kind in inspect.get_annotations(own, eval_str=True).items()}
     return {
         field.name: annotations[field.name]
         for field in dataclasses.fields(config)

@@ -93,11 +93,14 @@ def watched(corpus: "Corpus") -> Iterator[str]:
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="tiny, mini, small or base (the paper's).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="tiny, mini, small, base (MaBERT's); transmamba_tiny, transmamba (a causal model's)."),
+    ],
     assignments: Assignments = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Pretrain a model by masked language modelling. A run that was stopped goes on when it is started again.
+    """Pretrain a model on masked tokens, a causal one on next tokens. A stopped run goes on when it is started again.
 
     train=, tokenizer= and output= are needed; --dry-run lists every other key. model.KEY=VALUE changes the model;
     init_from=FOLDER model=none starts from a pretrained one. Several processes: torchrun --nproc-per-node 2 -m

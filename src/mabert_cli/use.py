@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from mabert_cli.console import output
+from mabert_cli.overrides import parse
 
 Model = Annotated[Path, typer.Argument(help="Model folder that pretraining or fine-tuning wrote.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text; default: what the model takes.")]
@@ -86,7 +87,6 @@ def generate(
     """
     from mabert.inference.generate import generate as go_on
 
-    schedule = None if transpoints is None else as_schedule(transpoints)
     answers = go_on(
         texts,
         model,
@@ -94,16 +94,10 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        transpoints=schedule,
+        transpoints=None if transpoints is None else parse(transpoints, str | tuple[int, ...], "transpoints"),
     )
     for answer in answers:
         output.print(answer, markup=False, highlight=False, soft_wrap=True)
-
-
-def as_schedule(text: str) -> str | list[int]:
-    """The name of a schedule, or the tokens of one."""
-    parts = text.split(",")
-    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else text
 
 
 def encode(

@@ -131,6 +131,21 @@ def test_the_model_config_is_reached_by_its_own_fields() -> None:
         apply_overrides(Holder(MaBertConfig.tiny()), ["model.pattern=MX"])
 
 
+def test_a_model_config_is_reached_by_the_fields_of_our_class_above_it() -> None:
+    from mabert.causal_config import TransMambaConfig
+
+    @dataclass(frozen=True)
+    class Holder:
+        model: TransMambaConfig
+
+    held = Holder(TransMambaConfig(num_hidden_layers=3))
+    changed = apply_overrides(held, ["model.hidden_size=96", "model.transpoints=0,5,32"]).model
+    assert (changed.hidden_size, changed.layer_transpoints()) == (96, [0, 5, 32])
+    assert apply_overrides(held, ["model.transpoints=V2"]).model.transpoints == "V2"
+    assert apply_overrides(held, ["model.transpoints=7"]).model.layer_transpoints() == [7, 7, 7]
+    assert "model.id2label" not in overridable(held)
+
+
 def test_a_rank_left_to_the_model_follows_its_size() -> None:
     from mabert.config import MaBertConfig
 

@@ -8,11 +8,11 @@ from tiny_experiments import QUIET, SECONDS, suite
 from torch.utils.flop_counter import FlopCounterMode
 
 from mabert import HybridConfig, TransMambaConfig
-from mabert.experiments.architectures import (
+from mabert.experiments.architectures import Vocabulary, encoder_parameters
+from mabert.experiments.causal_architectures import (
     CAUSAL_REFERENCES,
-    Vocabulary,
+    HYBRIDS,
     causal_architecture,
-    encoder_parameters,
     transmamba_name,
 )
 from mabert.experiments.causal_timing import CausalTiming, measure
@@ -25,7 +25,7 @@ from mabert.ops import SequenceLayout
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", CAUSAL_REFERENCES)
+@pytest.mark.parametrize("name", CAUSAL_REFERENCES | HYBRIDS)
 def test_references_have_as_many_parameters_outside_the_embeddings(name, scale):
     chosen, vocabulary = SCALES[scale]().causal, Vocabulary(1000)
     ours = encoder_parameters(causal_architecture("TransMamba-V9", chosen, vocabulary))
@@ -42,11 +42,11 @@ def test_architectures_by_name():
     hybrid = causal_architecture("Hybrid", scale)
     assert isinstance(hybrid, HybridConfig)
     assert hybrid.pattern == "MMMTMMMT"
+    assert causal_architecture("parallel-gate", scale).pattern == "PPPP"
+    assert causal_architecture("parallel-gate", scale).fusion == "gate"
     longer = causal_architecture("TransMamba-V9", scale, longest=8192)
     assert longer.layer_transpoints() == [0, 128, 256, 512, 1024, 2048, 4096, 8192]
-    with pytest.raises(
-        ValueError, match=r"no causal architecture 'RNN'\. There are Transformer, Mamba-2, Hybrid, Trans"
-    ):
+    with pytest.raises(ValueError, match=r"no causal architecture 'RNN'\. There are Transformer, Mamba-2, sequential"):
         causal_architecture("RNN", scale)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import write_mabert, write_transmamba
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,6 +40,28 @@ def test_options_change_the_text(folder: Path) -> None:
     assert generate(texts, folder, max_new_tokens=8, temperature=3.0, top_p=1e-6) == greedy
     assert generate(texts, folder, max_new_tokens=8, transpoints=[30]) != greedy
     assert [len(text) for text in generate(texts, folder, max_new_tokens=2)] < [len(text) for text in greedy]
+
+
+def test_every_token_may_be_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GenerationMixin
+
+    seen: dict = {}
+    original = GenerationMixin.generate
+
+    def spy(model, *args, **kwargs):
+        seen.update(kwargs)
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spy)
+    generate(["a"], folder, max_new_tokens=1, temperature=1.0)
+    assert seen["top_k"] == 0
+
+
+def test_the_callers_random_numbers_are_left_alone(folder: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    generate(["a"], folder, max_new_tokens=2, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """The causal mixers: what they compute, and what they remember."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TransformersMixer
 
-from mabert import HybridConfig, TransMambaConfig
+from mabert import HybridConfig, MaBertConfig, TransMambaConfig
 from mabert.layers import transmamba
 from mabert.layers.attention import Attention, rotary_angles, rotate, sees
 from mabert.layers.causal_attention import CausalSelfAttention
+from mabert.layers.mamba import MambaMixer
+from mabert.layers.mamba1 import Mamba1Mixer
 from mabert.layers.mamba2 import Mamba2Mixer
 from mabert.layers.memory import LayerMemory
 from mabert.layers.transmamba import TransMambaMixer, convert_memory
@@ -96,6 +100,16 @@ def test_the_converter_is_the_state_of_a_scan():
     torch.testing.assert_close(convert_memory(keys, values, steps, A), state)
 
 
+@pytest.mark.parametrize("length", [64, 4096])
+def test_the_converter_keeps_its_digits_over_long_prefixes(length):
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, length, 3, 8)
+    steps, A = 0.2 * torch.rand(1, length, 3), -torch.tensor([0.01, 1.0, 16.0])
+    exact = convert_memory(keys.double(), values.double(), steps.double(), A.double())
+    error = (convert_memory(keys, values, steps, A).double() - exact).abs().amax((0, 2, 3))
+    assert (error <= 3e-6 * exact.abs().amax((0, 2, 3))).all()
+
+
 def test_the_gate_does_not_touch_attention():
     mixer, h = transmamba_mixer(7), torch.randn(12, 24)
     before = mixer(h, rows(1, 12))
@@ -107,8 +121,6 @@ def test_the_gate_does_not_touch_attention():
 
 
 def test_positions_turn_attention_and_not_the_scan():
-    from dataclasses import replace
-
     mixer, h, layout = transmamba_mixer(6), torch.randn(12, 24), rows(1, 12)
     stretched = replace(layout, positions=layout.positions * 3)
     one, other = mixer(h, layout), mixer(h, stretched)
@@ -194,12 +206,28 @@ def test_sees():
     assert sees(index[:, None], index, 2).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
+@pytest.mark.parametrize("make", [TransMambaMixer, Mamba2Mixer, Mamba1Mixer, CausalSelfAttention])
+def test_float64_stays_float64(make):
+    """In double precision the mixers agree with themselves to double precision, cut into pieces or not."""
+    if make is TransMambaMixer:
+        mixer = transmamba_mixer(4).double()
+    else:
+        mixer = randomise(make(HybridConfig(**SIZES, pattern="T", state_size=4, mamba_head_size=8))).double()
+    h, memory, parts = torch.randn(2, 9, 24, dtype=torch.float64), LayerMemory(), []
+    whole = mixer(h.flatten(0, 1), rows(2, 9)).view(2, 9, 24)
+    assert whole.dtype == torch.float64
+    for start, end in ((0, 3), (3, 7), (7, 9)):
+        past = torch.full((2,), start)
+        layout = rows(2, end - start)
+        layout = replace(layout, past_S=past if start else None, positions=layout.positions + start)
+        parts.append(mixer(h[:, start:end].flatten(0, 1), layout, memory).view(2, -1, 24))
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+
+
 def test_memory_grows_to_the_places_it_is_written_to_and_keeps_the_rest():
     memory, mask = LayerMemory(), torch.tensor([[1, 1, 0], [0, 1, 1]])
     first = SequenceLayout.build(2, 3, "cpu", packed=True, attention_mask=mask)
     memory.write(first, keys=torch.tensor([1.0, 2, 3, 4]))
-    from dataclasses import replace
-
     second = SequenceLayout.build(2, 1, "cpu", packed=True, attention_mask=torch.tensor([[1], [0]]))
     memory.write(replace(second, past_S=torch.tensor([2, 2])), keys=torch.tensor([5.0]))
     assert memory.tensors["keys"].tolist() == [[1, 2, 5], [3, 4, 0]]
@@ -210,8 +238,6 @@ def test_memory_grows_to_the_places_it_is_written_to_and_keeps_the_rest():
 
 def test_what_attention_remembers_ends_at_the_transpoint():
     mixer, memory = transmamba_mixer(4), LayerMemory()
-    from dataclasses import replace
-
     for t in range(7):
         past = None if t == 0 else torch.full((2,), t)
         layout = replace(rows(2, 1), past_S=past, positions=torch.full((2,), t))
@@ -227,3 +253,22 @@ def test_causal_attention_turns_with_position():
     y = layer(h, rows(1, 10))
     shuffled = torch.cat((h[:8].flip(0), h[8:]))
     assert (layer(shuffled, rows(1, 10))[9] - y[9]).abs().max() > 1e-3
+
+
+def test_mamba_1_is_maberts_causal_forward_mixer():
+    config = HybridConfig(**SIZES, pattern="M", ssm="mamba1", state_size=4)
+    ours = randomise(Mamba1Mixer(config))
+    theirs = MambaMixer(MaBertConfig(**SIZES, pattern="M", state_size=4, conv_mode="causal"), "forward").eval()
+    (ssm,) = theirs.ssms
+    with torch.no_grad():
+        theirs.in_proj.weight.copy_(ours.in_proj.weight)
+        theirs.out_proj.weight.copy_(ours.out_proj.weight)
+        ssm.conv1d.weight.copy_(ours.conv.conv1d.weight)
+        ssm.conv1d.bias.copy_(ours.conv.conv1d.bias)
+        ssm.x_proj.weight.copy_(ours.x_proj.weight)
+        ssm.dt_proj.weight.copy_(ours.dt_proj.weight)
+        ssm.dt_proj.bias.copy_(ours.dt_proj.bias)
+        ssm.A_log.copy_(ours.A_log)
+        ssm.D.copy_(ours.D)
+    x = torch.randn(19, 24)
+    torch.testing.assert_close(ours(x, rows(1, 19)), theirs(x, rows(1, 19)), rtol=1e-5, atol=1e-5)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
 
 from mabert import HybridConfig, HybridForCausalLM, TransMambaConfig, TransMambaForCausalLM
 from mabert.causal_config import TRANSPOINTS
+from mabert.config import FUSIONS
 from mabert.models import CausalCache
+from mabert.ops import SequenceLayout
 
 SIZES = {
     "vocab_size": 60,
@@ -24,6 +27,13 @@ CONFIGS = {
     "early and late": TransMambaConfig(**SIZES, num_hidden_layers=4, transpoints=[1, 3, 6, 11]),
     "hybrid": HybridConfig(**SIZES, pattern="MTM", state_size=8, mamba_head_size=16),
     "T": HybridConfig(**SIZES, pattern="TT"),
+    "sequential": HybridConfig(**SIZES, pattern="SA", state_size=8, mamba_head_size=16),
+    "Mamba-1": HybridConfig(**SIZES, pattern="MS", state_size=4, ssm="mamba1"),
+    "window": HybridConfig(**SIZES, pattern="TMT", state_size=8, mamba_head_size=16, sliding_window=4),
+    **{
+        f"parallel, {fusion}": HybridConfig(**SIZES, pattern="PP", state_size=8, mamba_head_size=16, fusion=fusion)
+        for fusion in FUSIONS
+    },
 }
 
 
@@ -54,7 +64,7 @@ MASKS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("layout", MASKS)
 def test_pads_change_nothing(name, layout):
-    """Every row's logits are those of the row alone, with whatever the pads hold; gradients too."""
+    """Every row's logits are those of the row alone, with whatever the pads hold."""
     lm, mask = model(name), torch.tensor(MASKS[layout])
     batch = ids()
     embeds = lm.get_input_embeddings()(batch).detach()
@@ -64,6 +74,29 @@ def test_pads_change_nothing(name, layout):
     for row in range(3):
         alone = lm(batch[row, mask[row].bool()][None], use_cache=False).logits[0]
         torch.testing.assert_close(logits[row][mask[row].bool()], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", MASKS)
+def test_pads_change_no_gradient(name, layout):
+    mask, batch = torch.tensor(MASKS[layout]), ids()
+    together, alone = model(name), model(name)
+    embeds = together.get_input_embeddings()(batch).detach()
+    embeds[mask == 0] = torch.nan
+    weights = torch.randn(3, 14, 60)
+    logits = together(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    (logits * weights * mask[..., None]).sum().backward()
+    for row in range(3):
+        real = mask[row].bool()
+        logits = alone(inputs_embeds=embeds[row, real][None], use_cache=False).logits[0]
+        (logits * weights[row, real]).sum().backward()
+    pairs = [(one.grad, other.grad) for one, other in zip(together.parameters(), alone.parameters(), strict=True)]
+    assert all((one is None) == (other is None) for one, other in pairs)
+    one, other = (torch.cat([g.flatten() for g in of if g is not None]) for of in zip(*pairs, strict=True))
+    assert (one - other).norm() <= 1e-5 * other.norm()
+    for one, other in pairs:
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -129,6 +162,59 @@ def test_generation_with_a_cache_is_generation_without_one(name):
         assert torch.equal(alone[0, -12:], with_cache[row, -12:])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_may_begin_later_and_a_step_may_have_no_token(name):
+    lm, batch = model(name), ids(2, 6)
+    mask = torch.tensor([[0, 0, 1, 0, 1, 1], [0, 0, 0, 0, 1, 1]])
+    whole = lm(batch, attention_mask=mask, use_cache=False).logits
+    cache, columns = None, []
+    for t in range(6):
+        output = lm(batch[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        columns.append(output.logits)
+    torch.testing.assert_close(torch.cat(columns, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_in_half_precision_is_as_good_as_none(name, dtype):
+    """Cut into pieces, half precision is as far from single precision as in one piece, by a factor of two."""
+    lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
+    exact = lm(batch, attention_mask=mask, use_cache=False).logits
+    with torch.autocast("cpu", dtype):
+        whole = lm(batch, attention_mask=mask, use_cache=False).logits
+        cache, columns = None, []
+        for start, end in ((0, 4), (4, 5), (5, 11), (11, 14)):
+            output = lm(batch[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            columns.append(output.logits)
+    error = (whole.float() - exact).abs().max()
+    assert error > 0
+    assert (torch.cat(columns, dim=1).float() - exact).abs().max() <= 2 * error
+    assert error < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("before", "after"), [([3], [20]), ([20], [3])])
+def test_a_cache_keeps_to_its_transpoints(before, after):
+    lm = model("V9")
+    lm.config.transpoints = before
+    cache = lm(ids(2, 10)).past_key_values
+    lm.config.transpoints = after
+    with pytest.raises(ValueError, match=r"transpoints were .* when this cache began and are .* now"):
+        lm(ids(2, 1), past_key_values=cache)
+    cache.reset()
+    lm(ids(2, 1), past_key_values=cache)
+
+
+def test_transformers_may_ask_the_cache_what_it_likes():
+    cache = model("V9")(ids()).past_key_values
+    for question in ("is_compileable", "is_initialized", "is_sliding", "is_croppable", "supports_early_init"):
+        if hasattr(type(cache), question):
+            assert getattr(cache, question) in (False, [False] * 4), question
+    assert cache.get_max_length() == -1
+    assert cache.get_seq_length() == 14
+
+
 @pytest.mark.parametrize("name", ["early and late", "hybrid"])
 def test_beams_carry_their_memory_along(name):
     lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
@@ -189,6 +275,8 @@ def test_the_loss_is_that_of_each_next_token_in_its_sequence(name):
 def test_only_the_last_logits_are_computed_when_asked_for():
     lm, batch, mask = model("V9"), ids(), torch.tensor(MASKS["left"])
     whole = lm(batch, attention_mask=mask).logits
+    chosen = lm(batch, attention_mask=mask, logits_to_keep=torch.tensor([2, 13])).logits
+    torch.testing.assert_close(chosen, whole[:, [2, 13]])
     kept = lm(batch, attention_mask=mask, logits_to_keep=1).logits
     assert kept.shape == (3, 1, 60)
     torch.testing.assert_close(kept, whole[:, -1:])
@@ -209,12 +297,13 @@ def test_checkpointed_layers_have_the_same_gradients(name):
         torch.testing.assert_close(gradients[1][parameter], gradient)
 
 
-def test_bfloat16_is_near_float32():
-    lm, batch = model("V9"), ids()
-    exact = lm(batch, use_cache=False).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        near = lm(batch, use_cache=False).logits
-    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_checkpointing_and_a_cache_exclude_each_other():
+    lm = model("hybrid").train()
+    lm.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="Gradient checkpointing reads the tokens twice"):
+        lm(ids(), labels=ids(), use_cache=True)
+    lm(ids(), labels=ids()).loss.backward()
 
 
 @pytest.mark.parametrize("name", ["V9", "hybrid"])
@@ -277,16 +366,21 @@ def test_the_papers_schedules_by_name():
     [
         ("V10", r"there is no schedule transpoints='V10'\. There are V1, V2"),
         ([], "transpoints is empty: give at least one"),
-        ([3, -1], r"-1 is no number of tokens, which is whole and at least 0"),
-        ([1.5], r"1\.5 is no number of tokens"),
-        ([True], "True is no number of tokens"),
-        (["3"], "'3' is no number of tokens"),
-        (7, r"transpoints=7 must be a list of tokens"),
-        (None, "transpoints=None must be a list of tokens"),
+        ([3, -1], r"transpoints=\[3, -1\]: -1 is no number of tokens, which is at least 0"),
     ],
 )
 def test_schedules_that_are_none_are_refused(transpoints, message):
     with pytest.raises(ValueError, match=message):
+        TransMambaConfig(transpoints=transpoints)
+    lm = model("V9")
+    lm.config.transpoints = transpoints
+    with pytest.raises(ValueError, match=message):
+        lm(ids())
+
+
+@pytest.mark.parametrize("transpoints", [[1.5], [True], ["3"], 7, None])
+def test_a_schedule_of_another_type_is_refused(transpoints):
+    with pytest.raises(StrictDataclassFieldValidationError, match="transpoints"):
         TransMambaConfig(transpoints=transpoints)
 
 
@@ -298,6 +392,9 @@ def test_schedules_that_are_none_are_refused(transpoints, message):
         (HybridConfig, {"mamba_head_size": 100}, "is no multiple of mamba_head_size 100"),
         (HybridConfig, {"num_hidden_layers": 3}, "contradicts pattern"),
         (HybridConfig, {"state_size": 0}, "state_size must be at least 1"),
+        (HybridConfig, {"fusion": "sum"}, "fusion='sum' is not one of 'mean', 'gate', 'merge-attention'"),
+        (HybridConfig, {"ssm": "mamba3"}, "ssm='mamba3' is not one of 'mamba2', 'mamba1'"),
+        (HybridConfig, {"sliding_window": 0}, "sliding_window must be at least 1 token, or None"),
         (TransMambaConfig, {"num_attention_heads": 7}, "no even whole size"),
         (TransMambaConfig, {"hidden_size": 36}, "no even whole size"),
         (TransMambaConfig, {"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
@@ -317,6 +414,7 @@ def test_configs_that_contradict_themselves_are_refused(kind, choices, message):
         ({"seq_idx": torch.zeros(3, 14, dtype=torch.long), "use_cache": True}, "not several sequences in one"),
         ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache, but this model's layers remember"),
         ({"output_attentions": True}, "output_attentions is not supported"),
+        ({"cache_params": DynamicCache()}, "cache_params is not supported: give what an earlier output holds"),
         ({"labels": torch.full((3, 14), 60)}, "labels must lie in 0 to 59"),
         ({"labels": torch.ones(3, 14).long(), "logits_to_keep": 2}, "leave logits_to_keep out"),
         ({"inputs_embeds": torch.zeros(3, 14, 24)}, "exactly one of input_ids and inputs_embeds"),
@@ -344,12 +442,159 @@ def test_a_cache_of_another_batch_is_refused():
 
 def test_initial_values_of_the_recurrence():
     config = TransMambaConfig(num_hidden_layers=1, hidden_size=768, num_attention_heads=384, intermediate_size=8)
-    mixer = TransMambaForCausalLM(config).model.layers[0].mixer
+    mixer = TransMambaForCausalLM(config).model.layers[0].mixers[0]
     decay, steps = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
     assert 1 <= decay.min() < 2
     assert 15 < decay.max() <= 16
     assert 0.00099 < steps.min() < 0.002
     assert 0.05 < steps.max() < 0.1001
-    hybrid = HybridForCausalLM(HybridConfig(pattern="M", intermediate_size=8)).model.layers[0].mixer
+    hybrid = HybridForCausalLM(HybridConfig(pattern="M", intermediate_size=8)).model.layers[0].mixers[0]
     assert (hybrid.D == 1).all()
     assert (hybrid.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize("change", [{"ssm": "mamba1"}, {"fusion": "gate"}, {"sliding_window": 3}, {"pattern": "AP"},
+                                    {"state_size": 4}, {"expand": 1}, {"mamba_head_size": 24},
+                                    {"hidden_act": "relu"}, {"rms_norm_eps": 0.1}, {"conv_kernel": 3},
+                                    {"tie_word_embeddings": False}], ids=str)  # fmt: skip
+def test_every_option_of_a_hybrid_changes_it(change):
+    base = {**SIZES, "pattern": "SP", "state_size": 8, "mamba_head_size": 8, "initializer_range": 0.3}
+    outcomes = []
+    for choices in (base, base | change):
+        torch.manual_seed(0)
+        lm = HybridForCausalLM(HybridConfig(**choices)).eval()
+        shapes = {n: tuple(p.shape) for n, p in lm.named_parameters()}
+        outcomes.append((shapes, lm(ids(), use_cache=False).logits))
+    assert outcomes[0][0] != outcomes[1][0] or (outcomes[0][1] - outcomes[1][1]).abs().max() > 1e-4
+
+
+def test_a_rank_of_its_own_changes_mamba_1():
+    shapes = [
+        HybridForCausalLM(HybridConfig(**SIZES, pattern="M", ssm="mamba1", state_size=4, time_step_rank=rank))
+        .model.layers[0].mixers[0].dt_proj.weight.shape
+        for rank in ("auto", 5)
+    ]  # fmt: skip
+    assert shapes == [(48, 2), (48, 5)]
+
+
+@pytest.mark.parametrize(("memories", "letter"), [("recurrent-only", "T"), ("attention-only", "M")])
+def test_a_probe_lets_nothing_pass_but_what_it_names(memories, letter):
+    """Where the other kind of layer is the only one, the last segment knows nothing of those before."""
+    config = HybridConfig(**SIZES, pattern=letter * 2, state_size=8, mamba_head_size=16)
+    torch.manual_seed(0)
+    lm = HybridForCausalLM(config).eval()
+    batch, segments = ids(2, 20), torch.tensor([[0] * 8 + [1] * 12] * 2)
+    changed = batch.clone()
+    changed[:, :8] = (changed[:, :8] + 9) % 50 + 5
+
+    def last(given, **probe):
+        return lm(given, use_cache=False, **probe).logits[:, 8:]
+
+    probe = {"segments": segments, "memories": memories}
+    torch.testing.assert_close(last(batch, **probe), last(changed, **probe))
+    assert (last(batch) - last(changed)).abs().max() > 1e-3
+    other = {"segments": segments, "memories": {"T": "attention-only", "M": "recurrent-only"}[letter]}
+    torch.testing.assert_close(last(batch, **other), last(batch))
+
+
+@pytest.mark.parametrize("pattern", ["MT", "TM", "SA", "PP"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_probes_of_both_memories_together_leave_none(pattern, fusion):
+    choices = {"state_size": 8, "mamba_head_size": 16, "fusion": fusion, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    lm = HybridForCausalLM(HybridConfig(**SIZES, pattern=pattern, **choices)).eval()
+    batch, segments = ids(2, 20), torch.tensor([[0] * 8 + [1] * 7 + [2] * 5] * 2)
+    changed = batch.clone()
+    changed[:, 8:15] = (changed[:, 8:15] + 9) % 50 + 5
+
+    def last(given, memories):
+        return lm(given, segments=segments, memories=memories, use_cache=False).logits[:, 15:]
+
+    torch.testing.assert_close(last(batch, "none"), last(changed, "none"))
+    for memories in ("recurrent-only", "attention-only"):
+        assert (last(batch, memories) - last(changed, memories)).abs().max() > 1e-4, memories
+
+
+def test_a_probe_of_one_segment_changes_nothing():
+    lm, segments = model("sequential"), torch.zeros(3, 14, dtype=torch.long)
+    expected = lm(ids(), use_cache=False).logits
+    for memories in ("recurrent-only", "attention-only", "none"):
+        torch.testing.assert_close(lm(ids(), segments=segments, memories=memories, use_cache=False).logits, expected)
+
+
+def test_segments_and_pads_and_packed_sequences_go_together():
+    lm, row = model("parallel, merge-attention"), ids(1, 20)
+    seq_idx = torch.tensor([[0] * 9 + [1] * 11])
+    segments = torch.tensor([[0] * 4 + [1] * 9 + [0] * 7])
+    logits = lm(row, seq_idx=seq_idx, segments=segments, memories="recurrent-only").logits[0]
+    for start, end in ((0, 9), (9, 20)):
+        part = slice(start, end)
+        alone = lm(row[:, part], segments=segments[:, part], memories="recurrent-only", use_cache=False).logits[0]
+        torch.testing.assert_close(logits[part], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memories": "some"}, "memories='some' is not one of 'both', 'recurrent-only'"),
+        ({"memories": "none"}, "memories='none' and segments go together"),
+        ({"segments": torch.zeros(3, 14)}, "memories='both' and segments go together"),
+        ({"segments": torch.zeros(3, 9), "memories": "none"}, r"segments must have shape \(3, 14\)"),
+    ],
+)
+def test_probes_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model("hybrid")(ids(), use_cache=False, **arguments)
+
+
+def test_a_transmamba_cannot_be_probed():
+    with pytest.raises(ValueError, match="only hybrids by layer can be probed"):
+        model("V9")(ids(), segments=torch.zeros(3, 14), memories="none", use_cache=False)
+
+
+def test_a_gate_of_one_or_zero_is_one_branch():
+    config = HybridConfig(**SIZES, pattern="P", state_size=8, mamba_head_size=16, fusion="gate")
+    torch.manual_seed(0)
+    mixer = HybridForCausalLM(config).eval().model.layers[0].mixers[0]
+    layout = SequenceLayout.build(1, 10, "cpu", packed=True)
+    u = torch.randn(10, 24)
+    for value, branch in ((1e4, mixer.attention), (-1e4, mixer.ssm)):
+        torch.nn.init.zeros_(mixer.fusion.gate.weight)
+        torch.nn.init.constant_(mixer.fusion.gate.bias, value)
+        torch.testing.assert_close(mixer(u, layout), branch(u, layout))
+
+
+def test_fusions_are_their_formulas():
+    torch.manual_seed(0)
+    layout = SequenceLayout.build(1, 7, "cpu", packed=True)
+    u, a, s = torch.randn(3, 7, 24)
+
+    def norm(x):
+        return torch.nn.functional.rms_norm(x, (24,), eps=1e-6)
+
+    def fused(name):
+        config = HybridConfig(**SIZES, pattern="P", state_size=8, mamba_head_size=16, fusion=name)
+        fusion = HybridForCausalLM(config).eval().model.layers[0].mixers[0].fusion
+        with torch.no_grad():
+            for parameter_name, parameter in fusion.named_parameters():
+                if "norm" not in parameter_name:
+                    parameter.normal_()
+        return fusion, fusion(u, a, s, layout)
+
+    torch.testing.assert_close(fused("mean")[1], (norm(s) + norm(a)) / 2)
+    fusion, y = fused("scaled")
+    expected = fusion.proj(fusion.attention_scale * norm(a) + fusion.ssm_scale * norm(s))
+    torch.testing.assert_close(y, expected)
+    fusion, y = fused("concat")
+    torch.testing.assert_close(y, torch.cat((norm(a), norm(s)), -1) @ fusion.proj.weight.T)
+    fusion, y = fused("gate")
+    g = torch.sigmoid(u @ fusion.gate.weight.T + fusion.gate.bias)
+    torch.testing.assert_close(y, g * a + (1 - g) * s, rtol=1e-5, atol=1e-5)
+    for name, asking, asked in (("merge-attention", a, s), ("merge-attention-swapped", s, a)):
+        fusion, y = fused(name)
+        query = (norm(asking) @ fusion.query_proj.weight.T).view(7, 3, 8)
+        key, value = (norm(asked) @ fusion.key_value_proj.weight.T).view(7, 2, 3, 8).unbind(1)
+        scores = torch.einsum("qkp,mkp->kqm", query, key) / 8**0.5
+        scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+        merged = torch.einsum("kqm,mkp->qkp", scores.softmax(-1), value).flatten(1)
+        torch.testing.assert_close(y, merged @ fusion.out_proj.weight.T, rtol=1e-4, atol=1e-5)

@@ -35,6 +35,7 @@ class TestOptionsChangeBehaviour:
         {"expand": 1},
         {"time_step_rank": 5},
         {"pattern": "MTM"},
+        {"pattern": "PMT"},
         {"hidden_act": "relu"},
         {"position_embedding_type": "rope"},
         {"position_embedding_type": "none"},

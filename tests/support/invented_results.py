@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mabert.experiments.architectures import BASELINES, CAUSAL_REFERENCES, MABERTS, transmamba_name
+from mabert.experiments.architectures import BASELINES, MABERTS
 from mabert.experiments.catalogue import named
+from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, transmamba_name
 from mabert.experiments.drift import MEASURES, MODES, PADS
 from mabert.experiments.efficiency import KINDS, MODELS, PROTOCOLS, efficiency_cell
 from mabert.experiments.finetuning import main_metric

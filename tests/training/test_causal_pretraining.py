@@ -31,6 +31,13 @@ def test_context_is_learnt(finished):
     assert finished.accuracy > 0.2
 
 
+def test_the_published_model_remembers_what_it_reads(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished.output)
+    assert model.config.use_cache is True
+    assert model(torch.tensor([[2, 7]])).past_key_values.get_seq_length() == 2
+    assert AutoTokenizer.from_pretrained(finished.output).model_max_length == 32
+
+
 def test_the_output_generates_text(finished):
     generate = pipeline("text-generation", model=str(finished.output))
     assert isinstance(generate.model, TransMambaForCausalLM)
@@ -82,6 +89,18 @@ def test_the_held_out_loss_is_that_of_every_labelled_token(prepared, shards, pac
         output = model(**batch)
     assert found.loss == pytest.approx(float(output.loss), rel=1e-5)
     assert found.labels == int((batch["labels"] != -100).sum())
+    labels = batch["labels"][batch["labels"] != -100]
+    bound = evaluate_held_out(
+        model, dataset, keys, batch_size=2, special_ids=None, device=torch.device("cpu")
+    ).unigram_entropy
+    shares = torch.bincount(labels).double() / len(labels)
+    assert bound == pytest.approx(float(-(shares * shares.clamp(min=1e-30).log()).sum()))
+
+
+def test_a_model_without_a_longest_sequence_is_trained_as_well(prepared, shards):
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    made = config(prepared, output="mamba", model=mamba, packing="full-sentences", steps=1)
+    assert pretrain(made, console=QUIET).steps == 1
 
 
 def test_other_causal_models_take_rows_of_one_sequence(prepared, shards, tmp_path):

@@ -222,6 +222,16 @@ def test_going_on_with_other_choices_is_refused_with_their_names(prepared, basel
     assert "another output folder" in str(raised.value)
 
 
+def test_a_run_from_before_an_option_existed_goes_on(prepared, baseline):
+    path = prepared / "baseline" / "pretrain_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: saved[name] for name in saved if name not in ("lr_schedule", "min_lr_fraction")}))
+    with pytest.raises(ValueError, match="lr_schedule was 'linear', is now 'cosine'"):
+        short_run(prepared, "baseline", lr_schedule="cosine")
+    assert short_run(prepared, "baseline") == baseline
+    assert json.loads(path.read_text()) == saved
+
+
 def test_what_may_change_does_change_when_a_run_goes_on(prepared, baseline):
     folder = prepared / "half"
     short_run(prepared, "half", checkpoint_every=2)

@@ -85,11 +85,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def for_generation(tokenizer: PreTrainedTokenizerFast, max_length: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a causal model: the same ids, ``[CLS]`` in front of a text and no ``[SEP]`` behind it.
 
     A text is to be continued, and pads stand on the left. ``[CLS]`` begins a document and ``[SEP]`` ends one. Decoded
-    text begins with a space, unless its first token goes on with a word.
+    text begins with a space, unless its first token goes on with a word. ``max_length`` is the model's.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     first = tokenizer.cls_token
@@ -112,7 +112,7 @@ def for_generation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
         bos_token=first,
         eos_token=tokenizer.sep_token,
         padding_side="left",
-        model_max_length=tokenizer.model_max_length,
+        model_max_length=max_length or tokenizer.model_max_length,
         model_input_names=["input_ids", "attention_mask"],
     )
 

@@ -17,9 +17,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mabert.causal_config import TRANSPOINTS, HybridConfig, TransMambaConfig
 from mabert.config import CHOICES
-from mabert.experiments.scales import CausalScale, Scale, mabert_config
+from mabert.experiments.scales import Scale, mabert_config
 from mabert.training.objectives import objective_of
 
 LAYERS = 12
@@ -186,69 +185,13 @@ def architecture(
     ffn = scale.intermediate_size
     if scale.match_parameters and name != "MaBERT":
         target = encoder_parameters(builder("MaBERT")(scale, ffn, vocabulary, longest))
-        ffn = _matching_width(target, lambda width: encoder_parameters(build(scale, width, vocabulary, longest)))
+        ffn = matching_width(target, lambda width: encoder_parameters(build(scale, width, vocabulary, longest)))
         if ffn < STEP:
             raise ValueError(f"{name} cannot be made as small as MaBERT at scale {scale.name}: widen the FFN.")
     return build(scale, ffn, vocabulary, longest)
 
 
-CAUSAL_REFERENCES = {"Transformer": "TTTT", "Mamba-2": "MMMM", "Hybrid": "MMMT"}
-"""What TransMamba is compared with: four layers of each, repeated."""
-
-
-def transmamba_name(schedule: str) -> str:
-    """Of a TransMamba with one of the paper's schedules."""
-    return f"TransMamba-{schedule}"
-
-
-def causal_architecture(
-    name: str, scale: CausalScale, vocabulary: Vocabulary | None = None, longest: int | None = None
-) -> PreTrainedConfig:
-    """The config of a causal language model at a scale: a name of `CAUSAL_REFERENCES`, or TransMamba-V1 to -V9.
-
-    The width of a reference's FFN is chosen so that it has as many parameters outside the embeddings as TransMamba.
-
-    Args:
-        longest: tokens of the longest sequence, of which a schedule's TransPoints are shares; by default the scale's.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    common: dict[str, Any] = {
-        "hidden_size": scale.hidden_size,
-        "num_attention_heads": scale.num_attention_heads,
-        "max_position_embeddings": longest or scale.length,
-        "initializer_range": 0.02 * (768 / scale.hidden_size) ** 0.5,
-    }
-    if vocabulary:
-        common |= {
-            "vocab_size": vocabulary.size,
-            "pad_token_id": vocabulary.pad_token_id,
-            "bos_token_id": vocabulary.cls_token_id,
-            "eos_token_id": vocabulary.sep_token_id,
-        }
-
-    def transmamba(schedule: str) -> PreTrainedConfig:
-        ffn = scale.intermediate_size
-        return TransMambaConfig(**common, intermediate_size=ffn, num_hidden_layers=scale.layers, transpoints=schedule)
-
-    def reference(ffn: int) -> PreTrainedConfig:
-        # CHOICE: Mamba-2's heads and state as wide as attention's heads, so that all hold as much in a head
-        width = scale.hidden_size // scale.num_attention_heads
-        pattern = CAUSAL_REFERENCES[name] * (scale.layers // 4)
-        return HybridConfig(**common, intermediate_size=ffn, pattern=pattern, mamba_head_size=width, state_size=width)
-
-    schedule = name.removeprefix(transmamba_name(""))
-    if schedule in TRANSPOINTS:
-        return transmamba(schedule)
-    if name not in CAUSAL_REFERENCES:
-        known = [*CAUSAL_REFERENCES, *map(transmamba_name, TRANSPOINTS)]
-        raise ValueError(f"there is no causal architecture {name!r}. There are {', '.join(known)}.")
-    target, step = encoder_parameters(transmamba("V9")), max(1, scale.hidden_size // 32)
-    return reference(_matching_width(target, lambda ffn: encoder_parameters(reference(ffn)), step))
-
-
-def _matching_width(target: int, parameters: Callable[[int], int], step: int = STEP) -> int:
+def matching_width(target: int, parameters: Callable[[int], int], step: int = STEP) -> int:
     """The width of the FFN, 64 and a multiple of `step`, at which a model comes nearest to so many parameters."""
     low, high = parameters(64), parameters(128)
     return 64 + step * round((target - low) / (high - low) * 64 / step)

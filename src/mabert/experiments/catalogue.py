@@ -9,6 +9,7 @@ from mabert.experiments.drift import drift_cells
 from mabert.experiments.efficiency import efficiency_cells
 from mabert.experiments.finetuning import Finetuning
 from mabert.experiments.pretraining import Pretraining
+from mabert.experiments.recall import Recall
 from mabert.experiments.scales import Scale
 from mabert.experiments.transpoints import TransPoints
 
@@ -67,7 +68,19 @@ class Suite:
 
     def transpoints(self) -> Iterator[Cell]:
         """TransMamba's Tables 5 and 6 and its Figure 4: loss by schedule, time by length and by TransPoint."""
-        yield from TransPoints(self.pretraining.sources, self.pretraining.work, self.pretraining.console).cells()
+        yield from self._transpoints.cells()
+
+    def hybrids(self) -> Iterator[Cell]:
+        """Sequential and parallel hybrids as language models, at equal parameters and tokens."""
+        yield from self._transpoints.hybrids()
+
+    def recall(self) -> Iterator[Cell]:
+        """What each architecture recalls, by task, length and place, and through which memory."""
+        yield from Recall(self.scale, self.pretraining.console).cells()
+
+    @property
+    def _transpoints(self) -> TransPoints:
+        return TransPoints(self.pretraining.sources, self.pretraining.work, self.pretraining.console)
 
     def all(self) -> Iterator[Cell]:
         """Everything."""
@@ -115,6 +128,8 @@ EXPERIMENTS: dict[str, Callable[[Suite], Iterator[Cell]]] = {
         "baselines",
         "directions",
         "transpoints",
+        "hybrids",
+        "recall",
         "all",
     )
 }

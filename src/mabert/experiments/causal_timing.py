@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mabert.causal_config import TransMambaConfig
-from mabert.experiments.architectures import causal_architecture
+from mabert.experiments.causal_architectures import causal_architecture
 from mabert.experiments.scales import CausalScale
 from mabert.experiments.timing import is_out_of_memory, memory, milliseconds, repeat
 from mabert.layers.transmamba import TransMambaMixer
@@ -45,16 +45,16 @@ def measure(timing: CausalTiming) -> dict[str, Any]:
     """Median and samples in milliseconds of one row, and the most memory used."""
     torch.manual_seed(0)
     config = causal_architecture(timing.architecture, CausalScale(**timing.size), longest=timing.length)
-    made = mixer_pass(config, timing) if timing.point is not None else training_step(config, timing)
-    run, parameters = made
-
-    def in_precision() -> None:
-        with torch.autocast(timing.device, torch.bfloat16, enabled=timing.bf16):
-            run()
-
+    make = training_step if timing.point is None else mixer_pass
+    run, parameters = make(config, timing)
     with memory(timing.device) as used:
-        samples = repeat(in_precision, milliseconds(in_precision, timing.device), timing)
+        samples = repeat(run, milliseconds(run, timing.device), timing)
     return samples | used | {"parameters": parameters, "threads": torch.get_num_threads()}
+
+
+def precision(timing: CausalTiming) -> torch.autocast:
+    """That of a forward pass."""
+    return torch.autocast(timing.device, torch.bfloat16, enabled=timing.bf16)
 
 
 def training_step(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], int]:
@@ -64,7 +64,9 @@ def training_step(config: Any, timing: CausalTiming) -> tuple[Callable[[], None]
     ids = torch.randint(5, config.vocab_size, (1, timing.length), device=timing.device)
 
     def run() -> None:
-        model(ids, labels=ids).loss.backward()
+        with precision(timing):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -74,6 +76,7 @@ def training_step(config: Any, timing: CausalTiming) -> tuple[Callable[[], None]
 def mixer_pass(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], int]:
     """One mixer by itself, forward and backward."""
     assert isinstance(config, TransMambaConfig)
+    assert timing.point is not None
     config.transpoints = [timing.point]
     mixer = TransMambaMixer(config, 0).to(timing.device).train()
     for module in mixer.modules():
@@ -82,7 +85,9 @@ def mixer_pass(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], i
 
     def run() -> None:
         layout = SequenceLayout.build(1, timing.length, timing.device, packed=True)
-        mixer(x_TH, layout).sum().backward()
+        with precision(timing):
+            y_TH = mixer(x_TH, layout)
+        y_TH.sum().backward()
 
     return run, sum(parameter.numel() for parameter in mixer.parameters())
 

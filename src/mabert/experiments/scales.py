@@ -5,6 +5,7 @@ from typing import Any
 
 from mabert.causal_config import TRANSPOINTS
 from mabert.config import MaBertConfig
+from mabert.data.recall import RecallTask
 
 PATTERNS = (
     "MMMMMMMMMMMM",
@@ -64,6 +65,50 @@ class CausalScale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecallScale:
+    """How large the models are that learn to recall, how they are trained, and what they are asked."""
+
+    hidden_size: int = 64
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    layers: int = 2
+    """Mixers of a model; a layer that has two counts twice."""
+    vocab_size: int = 1024
+
+    kinds: tuple[str, ...] = ("mqar", "phonebook", "passkey")
+    lengths: tuple[int, ...] = (64, 128, 256, 512)
+    tokens_per_pair: int = 16
+    """Of a row, for each fact in it."""
+    steps: int = 5_000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seeds: int = 5
+    eval_rows: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seeds", "eval_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1.")
+        if self.layers % 2:
+            raise ValueError(
+                f"recall.layers={self.layers} must be even: half of the models have two mixers in a layer."
+            )
+        for kind in self.kinds:
+            for length in self.lengths:
+                self.task(kind, length)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    def task(self, kind: str, length: int, place: str = "spread") -> RecallTask:
+        """One setting of a task: as many facts as go with the length."""
+        pairs = 1 if kind == "passkey" else max(1, length // self.tokens_per_pair)
+        return RecallTask(kind=kind, length=length, pairs=pairs, place=place, vocab_size=self.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """Every choice that makes an experiment large or small; the defaults are the paper's."""
 
@@ -114,6 +159,7 @@ class Scale:
     drift_rows: int | None = None
     """Sentences whose drift is measured; the whole dev set by default."""
     causal: CausalScale = field(default_factory=CausalScale)
+    recall: RecallScale = field(default_factory=RecallScale)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "pretraining_seeds", "finetuning_seeds", "repetitions"):
@@ -193,6 +239,9 @@ def tiny() -> Scale:
             timed_lengths=(128, 256),
             timed_points=3,
         ),
+        recall=RecallScale(
+            hidden_size=32, vocab_size=256, lengths=(64,), steps=60, batch_size=16, seeds=1, eval_rows=64
+        ),
     )
 
 
@@ -238,6 +287,7 @@ def cpu() -> Scale:
             learning_rate=2e-3,
             timed="small",
         ),
+        recall=RecallScale(vocab_size=256, kinds=("mqar",), lengths=(64, 128), steps=1_500, batch_size=32, seeds=2),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from mabert.causal_config import TransMambaConfig
-from mabert.experiments.architectures import CAUSAL_REFERENCES, causal_architecture, transmamba_name
+from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, HYBRIDS, causal_architecture, transmamba_name
 from mabert.experiments.causal_timing import CausalTiming
 from mabert.experiments.cells import Cell
 from mabert.experiments.efficiency import PATIENCE, START_SECONDS, hardware
@@ -45,6 +45,12 @@ class TransPoints:
             for seed in range(self.scale.seeds):
                 yield self.pretraining(name, seed)
         yield from timing_cells(self.sources.scale)
+
+    def hybrids(self) -> Iterator[Cell]:
+        """The hybrids of attention and SSM, by the same recipe."""
+        for name in HYBRIDS:
+            for seed in range(self.scale.seeds):
+                yield self.pretraining(name, seed)
 
     def pretraining(self, name: str, seed: int = 0) -> Cell:
         """A causal model pretrained on the common text, rows of one sequence each."""

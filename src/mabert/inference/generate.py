@@ -60,9 +60,12 @@ def generate(
     model: Any = load_model(AutoModelForCausalLM, model_folder, config)
     model.to(default_device())
     inputs = tokenizer(list(texts), return_tensors="pt", padding=True).to(model.device)
-    torch.manual_seed(seed)
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **drawn)
+    choices: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    if temperature:
+        choices |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ids = model.generate(**inputs, **({"do_sample": False} | choices))
     added = ids[:, inputs["input_ids"].shape[1] :]
     return [
         text + end for text, end in zip(texts, tokenizer.batch_decode(added, skip_special_tokens=True), strict=True)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mabert.causal_config import HybridConfig
 from mabert.layers.causal_conv import CausalConv
 from mabert.layers.memory import LayerMemory
+from mabert.layers.norm import RMSNorm
 from mabert.ops import SequenceLayout, ssd
 
 
@@ -26,18 +27,20 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
-        self.norm = nn.RMSNorm(inner, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(inner, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x_TH: Tensor, layout: SequenceLayout, memory: LayerMemory | None = None) -> Tensor:
         """(T, H) to (T, H). Remembers `state` (S, K, P, N)."""
+        layout = layout.recurrence
         z_TE, xBC, delta_TK = self.in_proj(x_TH).split(self.sizes, dim=-1)
         x_TE, B_TN, C_TN = self.conv(xBC, layout, memory).split(self.conv_sizes, dim=-1)
         x_TKP = x_TE.unflatten(-1, (-1, self.head_size))
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
         y_1TKP, state = ssd(
             x_TKP[None],
-            F.softplus(delta_TK.float() + self.dt_bias.float())[None],
-            -torch.exp(self.A_log.float()),
+            F.softplus(delta_TK.to(dtype) + self.dt_bias.to(dtype))[None],
+            -torch.exp(self.A_log.to(dtype)),
             B_TN[None, :, None],
             C_TN[None, :, None],
             cu_seqlens=layout.cu_seqlens,

@@ -11,8 +11,8 @@ from mabert.ops import SequenceLayout
 class LayerMemory:
     """Named tensors whose first dimension is the row: states, and grids (S, M, ...) with a place for every token."""
 
-    is_compileable = False
-    is_sliding = False
+    # what transformers asks of a cache's layers
+    is_compileable = is_sliding = is_croppable = is_initialized = supports_early_init = False
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -37,12 +37,15 @@ class TransMambaMixer(nn.Module):
 
     def forward(self, h_TH: Tensor, layout: SequenceLayout, memory: LayerMemory | None = None) -> Tensor:
         """(T, H) to (T, H). Remembers keys, values and steps up to the TransPoint, then a `state` (S, K, P, N)."""
+        if layout.recurrence is not layout or layout.reach is not layout:
+            raise ValueError("TransMamba hands attention's memory to the scan: only hybrids by layer can be probed.")
         point = self.config.layer_transpoints()[self.layer]
         # PAPER TransMamba Eqs. 1 and 3: C, B, x = δ(h W), for both parts; the convolution runs over all tokens
         cbx_T3KP = self.conv(self.cbx_proj(h_TH), layout, memory).unflatten(-1, (3, -1, self.head_size))
         # PAPER TransMamba Eq. 3: Δ = σ(h W_Δ + b_Δ), A = exp(-Δ e^{log A}); also before the TransPoint, to convert
-        steps_TK = F.softplus(self.dt_proj(h_TH).float() + self.dt_bias.float())
-        A_K = -torch.exp(self.A_log.float())
+        dtype = torch.promote_types(h_TH.dtype, torch.float32)
+        steps_TK = F.softplus(self.dt_proj(h_TH).to(dtype) + self.dt_bias.to(dtype))
+        A_K = -torch.exp(self.A_log.to(dtype))
 
         split = layout.split(point)
         (before, after), (steps_before, steps_after) = split.take(cbx_T3KP), split.take(steps_TK)
@@ -126,8 +129,10 @@ def convert_memory(keys_SPKN: Tensor, values_SPKP: Tensor, steps_SPK: Tensor, A_
         (S, K, P, N), in at least fp32.
     """
     dtype = torch.promote_types(steps_SPK.dtype, torch.float32)
-    decayed_SPK = (steps_SPK.to(dtype) * A_K.to(dtype)).cumsum(1)
-    weights_SPK = (decayed_SPK[:, -1:] - decayed_SPK).exp() * steps_SPK
+    decay_SPK = steps_SPK.to(dtype) * A_K.to(dtype)
+    # summed from the end, so that the latest tokens, which weigh most, have the smallest sums
+    to_end_SPK = F.pad(decay_SPK[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
+    weights_SPK = to_end_SPK.exp() * steps_SPK
     with torch.autocast(keys_SPKN.device.type, enabled=False):
         # PAPER TransMamba Eq. 9: h = (A× ∘ Kᵀ)(Δ ∘ V), its last row
         weighted = (values_SPKP * weights_SPK.unsqueeze(-1).to(values_SPKP.dtype)).transpose(1, 2)

@@ -21,6 +21,20 @@ class CausalCache(Cache):
         super().__init__(layers=self.memories)  # type: ignore[arg-type]
         self.columns = 0
         self.lengths_S: Tensor | None = None
+        self.transpoints: list[int] | None = None
+
+    def bind(self, transpoints: list[int]) -> None:
+        """Remember the TransPoints of a TransMamba that is about to read.
+
+        Raises:
+            ValueError: they are others than those that the cache began with.
+        """
+        if self.transpoints not in (None, transpoints):
+            raise ValueError(
+                f"transpoints were {self.transpoints} when this cache began and are {transpoints} now: what it holds "
+                "of the tokens so far is not what they need. Begin with a new cache."
+            )
+        self.transpoints = transpoints
 
     def advance(self, layout: SequenceLayout) -> None:
         """Count the tokens of a batch that the layers have seen."""
@@ -58,7 +72,7 @@ class CausalCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.columns, self.lengths_S = 0, None
+        self.columns, self.lengths_S, self.transpoints = 0, None, None
         for memory in self.memories:
             memory.tensors.clear()
 

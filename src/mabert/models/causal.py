@@ -4,6 +4,7 @@ Shape suffixes: B batch, L length, T real tokens in all, S sequences, H hidden, 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from transformers.utils import can_return_tuple
 from mabert.causal_config import CausalConfig, HybridConfig, TransMambaConfig
 from mabert.layers.causal_attention import CausalSelfAttention
 from mabert.layers.feed_forward import FeedForward
+from mabert.layers.mamba1 import Mamba1Mixer
 from mabert.layers.mamba2 import Mamba2Mixer
 from mabert.layers.memory import LayerMemory
+from mabert.layers.norm import RMSNorm
+from mabert.layers.parallel import ParallelMixer, make_fusion
 from mabert.layers.transmamba import TransMambaMixer
 from mabert.models.cache import CausalCache
 from mabert.models.encoder import IGNORED
@@ -27,28 +31,41 @@ from mabert.ops import SequenceLayout
 
 
 class CausalLayer(GradientCheckpointingLayer):
-    """Pre-norm residual mixer and feed-forward network."""
+    """Pre-norm residual mixer, or two one after the other, and feed-forward network."""
 
     def __init__(self, config: CausalConfig, layer: int):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = make_mixer(config, layer)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixers = nn.ModuleList(make_mixers(config, layer))
+        self.mixer_norms = nn.ModuleList(RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in self.mixers)
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x_TH: Tensor, layout: SequenceLayout, memory: LayerMemory | None = None) -> Tensor:
         """(T, H) to (T, H)."""
-        x_TH = x_TH + self.dropout(self.mixer(self.mixer_norm(x_TH), layout, memory))
+        for norm, mixer in zip(self.mixer_norms, self.mixers, strict=True):
+            x_TH = x_TH + self.dropout(mixer(norm(x_TH), layout, memory))
         return x_TH + self.dropout(self.ffn(self.ffn_norm(x_TH)))
 
 
-def make_mixer(config: CausalConfig, layer: int) -> nn.Module:
-    """What mixes the tokens in a layer."""
+def make_mixers(config: CausalConfig, layer: int) -> list[nn.Module]:
+    """What mixes the tokens in a layer: one mixer, or two one after the other."""
     if isinstance(config, TransMambaConfig):
-        return TransMambaMixer(config, layer)
+        return [TransMambaMixer(config, layer)]
     assert isinstance(config, HybridConfig)
-    return CausalSelfAttention(config) if config.pattern[layer] == "T" else Mamba2Mixer(config)
+
+    def attention() -> nn.Module:
+        return CausalSelfAttention(config, config.sliding_window)
+
+    def ssm() -> nn.Module:
+        return Mamba2Mixer(config) if config.ssm == "mamba2" else Mamba1Mixer(config)
+
+    def parallel() -> nn.Module:
+        norm = partial(RMSNorm, eps=config.rms_norm_eps)
+        return ParallelMixer(attention(), ssm(), make_fusion(config.fusion, config, norm, is_causal=True))
+
+    makers = {"T": [attention], "M": [ssm], "S": [ssm, attention], "A": [attention, ssm], "P": [parallel]}
+    return [make() for make in makers[config.pattern[layer]]]
 
 
 class CausalPreTrainedModel(PreTrainedModel):
@@ -86,7 +103,7 @@ class CausalModel(CausalPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(CausalLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -109,6 +126,8 @@ class CausalModel(CausalPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         past_key_values: CausalCache | None = None,
         output_hidden_states: bool | None = None,
+        segments: Tensor | None = None,
+        memories: str = "both",
     ) -> tuple[Tensor, SequenceLayout, tuple[Tensor, ...] | None]:
         """Run the layers without leaving packed execution; what the head builds on. For the inputs see `forward`.
 
@@ -121,11 +140,14 @@ class CausalModel(CausalPreTrainedModel):
         layout = self._layout(
             input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, past_key_values
         )
+        layout = confined(layout, segments, memories)
         x = self.word_embeddings(layout.unpad(input_ids)) if input_ids is not None else layout.unpad(inputs_embeds)
         x = self.dropout(x)
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
-        memories = [None] * len(self.layers) if past_key_values is None else past_key_values.memories
-        for layer, memory in zip(self.layers, memories, strict=True):
+        if past_key_values is not None and isinstance(self.config, TransMambaConfig):
+            past_key_values.bind(self.config.layer_transpoints())
+        memories_of_layers = [None] * len(self.layers) if past_key_values is None else past_key_values.memories
+        for layer, memory in zip(self.layers, memories_of_layers, strict=True):
             if hidden_states is not None:
                 hidden_states.append(layout.repad(x))
             x = layer(x, layout, memory)
@@ -148,6 +170,8 @@ class CausalModel(CausalPreTrainedModel):
         past_key_values: CausalCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        segments: Tensor | None = None,
+        memories: str = "both",
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Read a batch, or its next tokens.
@@ -161,6 +185,9 @@ class CausalModel(CausalPreTrainedModel):
             cu_seq_lens_q: (S+1,), the same for one row as boundaries.
             past_key_values: what came before, from an earlier output.
             use_cache: remember what came so far, to go on from; by default `config.use_cache`, in training never.
+            segments: (B, L) integers, the segment of each token, for probes of a hybrid's memories.
+            memories: what crosses from one segment to the next: "both"; "recurrent-only", where attention ends at their
+                boundaries; "attention-only", where states and convolutions begin anew there; or "none".
 
         Returns:
             last_hidden_state (B, L, H), zero at pads; past_key_values.
@@ -171,8 +198,9 @@ class CausalModel(CausalPreTrainedModel):
         check_ignored(kwargs)
         cache = self.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q)
         x, layout, hidden_states = self.run(
-            input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states
-        )
+            input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states,
+            segments, memories,
+        )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=layout.repad(x), past_key_values=cache, hidden_states=hidden_states
         )
@@ -186,6 +214,11 @@ class CausalModel(CausalPreTrainedModel):
     ) -> CausalCache | None:
         """The given cache, or a new one where one is wanted."""
         is_packed = seq_idx is not None or cu_seq_lens is not None
+        if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "Gradient checkpointing reads the tokens twice, which a cache would remember twice: leave the cache "
+                "out, or call eval()."
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not is_packed
         if past_key_values is None and not use_cache:
@@ -268,10 +301,12 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         past_key_values: CausalCache | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         labelled_only: bool | None = None,
+        segments: Tensor | None = None,
+        memories: str = "both",
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict each next token. For the inputs see `CausalModel.forward`.
@@ -279,7 +314,8 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, L), usually the ids themselves, -100 where nothing is to be predicted. Each is predicted from
                 the token before it in its sequence; the first token of a sequence, from nothing, is left out.
-            logits_to_keep: compute logits of the last so many columns only; 0 for all.
+            logits_to_keep: compute logits of the last so many columns only, 0 for all; or of the columns of these
+                indices.
             num_items_in_batch: predictions of the whole (accumulated) batch; the loss is then their share of its mean,
                 sum / num_items_in_batch, otherwise the mean over this batch's predictions.
             labelled_only: compute logits only where a label is predicted; by default while training with labels.
@@ -292,20 +328,22 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
             ValueError: a label is outside the vocabulary, or the inputs disagree.
         """
         check_ignored(kwargs)
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and not keeps_all:
+            raise ValueError("labels need the logits of all columns: leave logits_to_keep out.")
         cache = self.model.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q)
         x_TH, layout, hidden_states = self.model.run(
-            input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states
-        )
+            input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states,
+            segments, memories,
+        )  # fmt: skip
         loss = None
         if labels is not None and (labelled_only or (labelled_only is None and self.training)):
             predicting, targets = predictions(labels, layout, self.config.vocab_size)
             logits = at_labels = self.lm_head(x_TH[predicting])
         else:
-            x_BLH = layout.repad(x_TH)
-            logits = self.lm_head(x_BLH[:, -logits_to_keep:] if logits_to_keep else x_BLH)
+            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(layout.repad(x_TH)[:, columns])
             if labels is not None:
-                if logits_to_keep:
-                    raise ValueError("labels need the logits of all columns: leave logits_to_keep out.")
                 predicting, targets = predictions(labels, layout, self.config.vocab_size)
                 at_labels = layout.unpad(logits)[predicting]
         if labels is not None:
@@ -334,10 +372,34 @@ class HybridModel(CausalModel):
 
 
 class HybridForCausalLM(CausalForLM):
-    """Layers of attention and of Mamba-2, in the order of `config.pattern`."""
+    """Layers of attention and SSM, in the order of `config.pattern`."""
 
     config_class = HybridConfig
     model_class = HybridModel
+
+
+MEMORIES = {
+    "both": {},
+    "recurrent-only": {"attention": True},
+    "attention-only": {"recurrence": True},
+    "none": {"attention": True, "recurrence": True},
+}
+"""What a probe confines to segments, so that only the rest crosses their boundaries."""
+
+
+def confined(layout: SequenceLayout, segments_BL: Tensor | None, memories: str) -> SequenceLayout:
+    """The layout by which only these memories cross from segment to segment.
+
+    Raises:
+        ValueError: there is no such choice, or one of the two arguments lacks the other.
+    """
+    if memories not in MEMORIES:
+        raise ValueError(f"memories={memories!r} is not one of {', '.join(map(repr, MEMORIES))}.")
+    if memories == "both" and segments_BL is None:
+        return layout
+    if memories == "both" or segments_BL is None:
+        raise ValueError(f"memories={memories!r} and segments go together: a probe needs what to confine, and to what.")
+    return layout.confined(segments_BL, **MEMORIES[memories])
 
 
 def predictions(labels_BL: Tensor, layout: SequenceLayout, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -363,7 +425,10 @@ def check_ignored(kwargs: dict[str, Any]) -> None:
     transformers hands over many that mean nothing to a model like this (token types, what a collator adds).
 
     Raises:
-        ValueError: attention weights are asked for.
+        ValueError: attention weights are asked for, or a cache comes by another name.
     """
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is not supported: SSM layers have no attention weights.")
+    for name in ("cache", "cache_params"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not supported: give what an earlier output holds as past_key_values.")

@@ -17,6 +17,7 @@ from mabert.config import MaBertConfig
 from mabert.layers.embeddings import Embeddings
 from mabert.layers.mamba import MambaLayer
 from mabert.layers.padding import PSM, zero_pads
+from mabert.layers.parallel import ParallelLayer
 from mabert.layers.pooling import Pooling
 from mabert.layers.transformer import TransformerLayer
 from mabert.models.init import init_module
@@ -33,7 +34,7 @@ class MaBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "mabert"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the heads divide by num_items_in_batch: without this the Trainer would not give it
-    _no_split_modules = ["Embeddings", "MambaLayer", "TransformerLayer"]  # noqa: RUF012
+    _no_split_modules = ["Embeddings", "MambaLayer", "ParallelLayer", "TransformerLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -55,8 +56,8 @@ class MaBertModel(MaBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(
-            TransformerLayer(config) if direction is None else MambaLayer(config, direction)
-            for direction in config.scan_directions()
+            make_layer(config, letter, direction)
+            for letter, direction in zip(config.pattern, config.scan_directions(), strict=True)
         )
         # CHOICE: a final LayerNorm, as every Pre-LN stack has
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -217,6 +218,13 @@ class MaBertModel(MaBertPreTrainedModel):
                     raise ValueError(f"position_ids must lie in 0 to {longest - 1} (max_position_embeddings - 1).")
             layout = replace(layout, positions=layout.unpad(position_ids) if packed else position_ids)
         return layout
+
+
+def make_layer(config: MaBertConfig, letter: str, direction: str | None) -> nn.Module:
+    """The layer that a letter of the pattern stands for, with the direction of its scan where it has one."""
+    if direction is None:
+        return TransformerLayer(config)
+    return MambaLayer(config, direction) if letter == "M" else ParallelLayer(config, direction)
 
 
 class MaBertMLMHead(nn.Module):

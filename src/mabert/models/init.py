@@ -10,7 +10,10 @@ from transformers import initialization as init
 
 from mabert.layers.causal_conv import CausalConv
 from mabert.layers.mamba import SelectiveSSM
+from mabert.layers.mamba1 import Mamba1Mixer
 from mabert.layers.mamba2 import Mamba2Mixer
+from mabert.layers.norm import RMSNorm
+from mabert.layers.parallel import ScaledFusion
 from mabert.layers.transmamba import TransMambaMixer
 
 
@@ -70,7 +73,7 @@ INITIAL_VALUES: tuple[tuple[type[nn.Module], str, Callable[[Tensor, Any], None]]
     (SelectiveSSM, "A_log", _log_one_to_state_size),
     (SelectiveSSM, "D", _ones),
     # CHOICE: the initial values of Mamba-2 for what its recurrence is made of, TransMamba's as well
-    (nn.RMSNorm, "weight", _ones),
+    (RMSNorm, "weight", _ones),
     (CausalConv, "conv1d.weight", _uniform_by_kernel),
     (CausalConv, "conv1d.bias", _uniform_by_kernel),
     (Mamba2Mixer, "dt_bias", _inverse_softplus_of_step),
@@ -78,6 +81,13 @@ INITIAL_VALUES: tuple[tuple[type[nn.Module], str, Callable[[Tensor, Any], None]]
     (Mamba2Mixer, "D", _ones),
     (TransMambaMixer, "dt_bias", _inverse_softplus_of_step),
     (TransMambaMixer, "A_log", _log_of_decay_range),
+    (Mamba1Mixer, "dt_proj.weight", _uniform_by_rank),
+    (Mamba1Mixer, "dt_proj.bias", _inverse_softplus_of_step),
+    (Mamba1Mixer, "A_log", _log_one_to_state_size),
+    (Mamba1Mixer, "D", _ones),
+    # CHOICE: both branches weigh as much in the beginning
+    (ScaledFusion, "attention_scale", _ones),
+    (ScaledFusion, "ssm_scale", _ones),
 )
 
 

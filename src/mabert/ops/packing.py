@@ -28,6 +28,8 @@ class SequenceLayout:
         grid_indices_T: int64, the flat position of each real token in an (S, max_length) grid, one row a sequence;
             None when the tokens fill the grid in order.
         past_S: int64, tokens of each sequence that came before, in an earlier batch; None for none.
+        recurrence, reach: what scans and convolutions, and what attention goes by: this layout itself, unless
+            `confined` parted one of them more finely.
     """
 
     batch_size: int
@@ -40,6 +42,8 @@ class SequenceLayout:
     positions: Tensor
     grid_indices_T: Tensor | None
     past_S: Tensor | None = None
+    _recurrence: "SequenceLayout | None" = None
+    _reach: "SequenceLayout | None" = None
     _splits: dict[int, "Split"] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -138,6 +142,14 @@ class SequenceLayout:
         grid = None if total == longest * len(lengths_S) else ids_T * longest + offsets_T
         return cls(1, total, True, None, None, cu_seqlens, longest, offsets_T, grid)
 
+    def _of_length(self, length: int) -> "SequenceLayout":
+        """As many packed sequences, each of this length."""
+        device = self.cu_seqlens.device
+        cu_seqlens = torch.arange(self.num_sequences + 1, dtype=torch.int32, device=device) * length
+        positions = torch.arange(length, device=device).repeat(self.num_sequences)
+        total = self.num_sequences * length
+        return SequenceLayout(1, total, True, None, None, cu_seqlens, length, positions, None)
+
     @property
     def num_sequences(self) -> int:
         """S, empty sequences included."""
@@ -180,6 +192,11 @@ class SequenceLayout:
         return self._splits[point]
 
     def _split(self, point: int) -> "Split":
+        if self.grid_indices_T is None and self.past_S is None:  # all are as long: nothing has to be asked of a device
+            length = min(point, self.max_length)
+            before = self._of_length(length)
+            after = replace(self._of_length(self.max_length - length), past_S=before.lengths_S)
+            return Split(self.num_sequences, before, after, None, None)
         lengths_S = self.lengths_S
         past_S = 0 if self.past_S is None else self.past_S
         before_S = (point - past_S - torch.zeros_like(lengths_S)).clamp(min=0).minimum(lengths_S)
@@ -191,6 +208,40 @@ class SequenceLayout:
         is_before_T = self.indices_T < point
         tokens_before, tokens_after = (mask_T.nonzero().squeeze(1) for mask_T in (is_before_T, ~is_before_T))
         return Split(self.num_sequences, before, after, tokens_before, tokens_after)
+
+    @property
+    def recurrence(self) -> "SequenceLayout":
+        """The layout by which states and convolutions begin anew."""
+        return self._recurrence or self
+
+    @property
+    def reach(self) -> "SequenceLayout":
+        """The layout within whose sequences tokens attend to one another."""
+        return self._reach or self
+
+    def confined(self, segments_BL: Tensor, *, recurrence: bool = False, attention: bool = False) -> "SequenceLayout":
+        """The same tokens, whose scans, or whose attention, end at the boundaries of segments.
+
+        Positions stay as they are. For packed layouts without a past.
+
+        Args:
+            segments_BL: (B, L) integers, the segment of each token; it begins anew where the number changes.
+
+        Raises:
+            ValueError: the shape is another, or there is a past.
+        """
+        if segments_BL.shape != (self.batch_size, self.length):
+            raise ValueError(
+                f"segments must have shape {(self.batch_size, self.length)}, not {tuple(segments_BL.shape)}."
+            )
+        if self.past_S is not None:
+            raise ValueError("segments need the whole sequences at once: leave the cache out.")
+        segments_T, ids_T = self.unpad(segments_BL.to(self.cu_seqlens.device)), self.sequence_ids_T
+        begins_T = torch.ones_like(ids_T, dtype=torch.bool)
+        begins_T[1:] = (segments_T[1:] != segments_T[:-1]) | (ids_T[1:] != ids_T[:-1])
+        ends = torch.nn.functional.pad(begins_T.nonzero().squeeze(1), (0, 1), value=len(ids_T))
+        finer = replace(SequenceLayout.of_lengths(ends.diff()), positions=self.positions)
+        return replace(self, _recurrence=finer if recurrence else None, _reach=finer if attention else None)
 
     def has_interior_pads(self) -> bool:
         """Whether some pad lies between two real tokens of one row."""

@@ -41,12 +41,15 @@ def evaluate_held_out(
     keys: Sequence[Key],
     *,
     batch_size: int,
-    special_ids: Sequence[int],
+    special_ids: Sequence[int] | None,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
 ) -> HeldOut:
     """Evaluate `model` on the rows named by `keys`; the processes share the work and all receive the whole result.
+
+    The unigram entropy is that of the rows without special tokens, which are never masked; or, where `special_ids` is
+    None, that of the labels, as of a causal model that predicts the ends of documents as well.
 
     No random number is drawn and the model's mode is restored, so training goes on as if nothing had happened.
 
@@ -62,7 +65,8 @@ def evaluate_held_out(
         batch = collate_rows([dataset[key] for key in keys[begin : begin + batch_size]])
         targets = batch["labels"][batch["labels"] != IGNORED]
         original = torch.where(batch["labels"] != IGNORED, batch["labels"], batch["input_ids"])
-        counts += torch.bincount(original.flatten(), minlength=len(counts))
+        counted = original.flatten() if special_ids is not None else targets
+        counts += torch.bincount(counted, minlength=len(counts))
         length = original.shape[1]
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         logits = labelled_logits(model, inputs, inputs.pop("labels"))
@@ -72,7 +76,7 @@ def evaluate_held_out(
         labels += len(targets)
     model.train(was_training)
 
-    counts[list(special_ids)] = 0
+    counts[list(special_ids or ())] = 0
     totals = torch.cat([torch.tensor([loss, correct, labels], dtype=torch.float64), counts])
     if world_size > 1:
         totals = totals.to(device)

@@ -15,8 +15,8 @@ BUDGET_MODES = ("own", "truncate")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Sort the trainable parameters into two optimizer groups: with weight decay, and without.
 
-    Biases, every norm's parameters, A_log and D are not decayed. A tied parameter is listed once; frozen ones are left
-    out.
+    Biases, every norm's parameters, A_log, D and the scales of two branches are not decayed. A tied parameter is listed
+    once; frozen ones are left out.
     """
     decayed: dict[nn.Parameter, None] = {}
     exempt: dict[nn.Parameter, None] = {}
@@ -25,9 +25,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            # CHOICE: A_log and D set the recurrence's time scales and skip, decay would pull them to 1 (Mamba-1);
-            # embeddings are decayed, as in BERT.
-            if is_norm or name.endswith("bias") or name in ("A_log", "D"):
+            # CHOICE: A_log and D set the recurrence's time scales and skip, decay would pull them to 1 (Mamba-1), and
+            # the weights of two branches to 0; embeddings are decayed, as in BERT.
+            if is_norm or name.endswith(("bias", "_scale")) or name in ("A_log", "D"):
                 exempt[parameter] = None
             else:
                 decayed[parameter] = None
@@ -56,7 +56,7 @@ class Schedule:
     steps: int
     """Steps taken in all."""
     decay_steps: int
-    """Step at which the learning rate reaches zero; later than `steps` where the run is a truncated one."""
+    """Step at which the learning rate has decayed; later than `steps` where the run is a truncated one."""
     warmup_steps: int
     """Steps of the linear warm-up."""
     stage_ends: tuple[int, ...]

@@ -38,7 +38,14 @@ from mabert.training.callbacks import (
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint
 from mabert.training.estimate import Estimate
 from mabert.training.held_out import HeldOut, evaluate_held_out
-from mabert.training.objectives import computes_own_loss, head_at, loss_at_labels, objective_of, takes_seq_idx
+from mabert.training.objectives import (
+    Objective,
+    computes_own_loss,
+    head_at,
+    loss_at_labels,
+    objective_of,
+    takes_seq_idx,
+)
 from mabert.training.optim import adamw
 from mabert.training.plan import PretrainPlan, estimate, plan, prepare_rows
 from mabert.training.pretrain_config import PretrainConfig
@@ -153,7 +160,8 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         )
         trainer.run(checkpoint)
     if is_first:
-        published = tokenizer if objective.is_masked else for_generation(tokenizer)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        published = tokenizer if objective.is_masked else for_generation(tokenizer, longest)
         publish(trainer.accelerator.unwrap_model(trainer.model), published, output)
         _write_result(planned, args)
     trainer.accelerator.wait_for_everyone()
@@ -173,6 +181,7 @@ class PretrainTrainer(RunTrainer):
 
     def __init__(self, planned: PretrainPlan, *, logs: Sequence[JsonLines], **kwargs: Any) -> None:
         self.plan, self.evaluations = planned, logs[1] if logs else None
+        self.objective: Objective = objective_of(kwargs["model"].config)
         self.model_has_own_loss = computes_own_loss(kwargs["model"])
         self.tells_sequences_apart = takes_seq_idx(kwargs["model"].config)
         if not self.model_has_own_loss:
@@ -253,7 +262,7 @@ class PretrainTrainer(RunTrainer):
                 self.eval_dataset,
                 [(stage, 0, index) for index in range(min(rows, available))],
                 batch_size=config.micro_batch_size,
-                special_ids=self.processing_class.all_special_ids,
+                special_ids=self.processing_class.all_special_ids if self.objective.is_masked else None,
                 device=self.args.device,
                 rank=self.args.process_index,
                 world_size=self.args.world_size,

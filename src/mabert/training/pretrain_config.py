@@ -210,7 +210,8 @@ def check_trainable(model: PreTrainedConfig, config: PretrainConfig) -> None:
             f"packing={config.packing!r} puts several sequences in a row, which a {model.model_type} model would mix. "
             "Take packing='full-sentences', where a row is one sequence."
         )
-    if max(config.stage_lengths) > model.max_position_embeddings:
+    longest = getattr(model, "max_position_embeddings", None)  # recurrent models have no limit
+    if longest is not None and max(config.stage_lengths) > longest:
         raise ValueError(
             f"stage_lengths={config.stage_lengths} exceed max_position_embeddings={model.max_position_embeddings}: "
             "raise model.max_position_embeddings or shorten the rows."

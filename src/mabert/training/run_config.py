@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,9 @@ class RunConfig:
     def check_resumes(self, folder: Path) -> None:
         """Raise ValueError, naming the fields, if the run in `folder` was begun with other choices than these."""
         saved = json.loads((folder / self.file_name).read_text(encoding="utf-8"))
+        # a choice that did not exist then was made as it is by default now
+        saved = {field.name: field.default for field in fields(self) if field.default is not MISSING} | saved  # type: ignore[arg-type]
+        saved = json.loads(json.dumps(saved, default=str))
         before, now = _flat(saved), _flat(self.to_dict())
         changed = [
             f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"

@@ -58,11 +58,14 @@ class RunTrainer(AtomicCheckpointTrainer):
     ) -> None:
         self.steps, self.first_step, self.seed, self.logs, self.progress = steps, first_step, seed, logs, progress
         self.step_log, self.stop = StepLog(logs[0] if logs else None, progress), StopOnSignal()
-        knows_cache = hasattr(model.config, "use_cache")
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, callbacks=[self.step_log, self.stop, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
-        if not knows_cache:
-            del model.config.use_cache  # the Trainer's; it would be saved, and means nothing to an encoder
+        # the Trainer sets it, and it would be saved: to an encoder it means nothing, a causal model wants its own back
+        if use_cache is None:
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the last step, from `checkpoint` on.

@@ -87,6 +87,19 @@ STYLES = {
         )
     },
     "TransMamba-V9": Style("vermillion", "o", width=2.2),
+    "sequential": Style("blue", "s", width=2.0),
+    "sequential-attention-first": Style("sky", "s", (3, 1.5)),
+    **{
+        f"parallel-{fusion}": Style(colour, marker, dashes)
+        for fusion, colour, marker, dashes in (
+            ("mean", "green", "o", ()),
+            ("gate", "amber", "D", ()),
+            ("merge-attention", "vermillion", "o", ()),
+            ("scaled", "rose", "p", ()),
+            ("concat", "indigo", "v", ()),
+            ("merge-attention-swapped", "vermillion", "^", (3, 1.5)),
+        )
+    },
 }
 """Of each model."""
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mabert.causal_config import TRANSPOINTS, TransMambaConfig
-from mabert.experiments.architectures import CAUSAL_REFERENCES, causal_architecture, transmamba_name
+from mabert.causal_config import TRANSPOINT_LENGTH, TRANSPOINTS, TransMambaConfig
+from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, causal_architecture, transmamba_name
 from mabert.experiments.comparison import mean_and_spread
 from mabert.experiments.published import TRANSMAMBA, published
 from mabert.experiments.report.captions import at_scale, counted
@@ -29,7 +29,7 @@ ABOUT = (
 def transpoints(results: Results) -> Section | None:
     """Everything there is of it."""
     blocks: list[Table | Figure] = []
-    if results.of("causal"):
+    if _trained_cells(results):
         blocks += [_loss_figure(results), _loss_table(results)]
     for precision in dict.fromkeys(name[0] for kind in ("causal-step", "causal-layer") for name in results.of(kind)):
         if any(name[0] == precision for name in results.of("causal-step")):
@@ -43,8 +43,13 @@ def _models() -> list[str]:
     return [*CAUSAL_REFERENCES, *map(transmamba_name, TRANSPOINTS)]
 
 
+def _trained_cells(results: Results) -> dict[tuple[str, ...], Record]:
+    """Of TransMamba and its references: others are trained by the same recipe as well."""
+    return {name: record for name, record in results.of("causal").items() if name[0] in _models()}
+
+
 def _seeds(results: Results) -> list[int]:
-    return sorted({int(seed) for _, seed in results.of("causal")})
+    return sorted({int(seed) for _, seed in _trained_cells(results)})
 
 
 def _cells(results: Results, model: str) -> list[str]:
@@ -53,13 +58,13 @@ def _cells(results: Results, model: str) -> list[str]:
 
 def _trained(results: Results) -> list[str]:
     """The models that any cell trained, and those that Figure and table are about in any case."""
-    found = {model for model, _ in results.of("causal")}
+    found = {model for model, _ in _trained_cells(results)}
     return [model for model in _models() if model in found or model in TIMED]
 
 
 def _about(results: Results) -> str:
-    tokens = sorted({int(record.at("tokens")) for record in results.of("causal").values()})
-    lengths = sorted({record.at("held_out")[0]["length"] for record in results.of("causal").values()})
+    tokens = sorted({int(record.at("tokens")) for record in _trained_cells(results).values()})
+    lengths = sorted({record.at("held_out")[0]["length"] for record in _trained_cells(results).values()})
     seeds = len(_seeds(results))
     spread = ", mean ± sample standard deviation" if seeds > 1 else ""
     return (
@@ -114,7 +119,7 @@ def _loss_table(results: Results) -> Table:
         if model in paper:
             beside = Entry(f"{paper[model]:.3f}", value=paper[model])
             rows.append(Row(_label(model), [beside, Entry(), Entry(), Entry()], "published"))
-    entropies = [record.at("held_out")[0]["unigram_entropy"] for record in results.of("causal").values()]
+    entropies = [record.at("held_out")[0]["unigram_entropy"] for record in _trained_cells(results).values()]
     rows.append(Row("unigram entropy", [Entry(f"{entropies[0]:.3f}"), Entry(), Entry(), Entry()], "baseline"))
     columns = [
         Column("held-out loss", ("nats a token",), "low"),
@@ -134,13 +139,15 @@ def _label(model: str) -> str:
     schedule = model.removeprefix(transmamba_name(""))
     if schedule in TRANSPOINTS:
         return f"TransMamba {schedule} {list(TRANSPOINTS[schedule])}"
-    return f"{model} ({CAUSAL_REFERENCES[model]})"
+    letters = CAUSAL_REFERENCES[model].letters
+    return model if len(letters) == 1 else f"{model} ({letters})"
 
 
 def _time_table(results: Results, precision: str) -> Table:
     """Table 5, by length."""
     cells = {name[1:]: record for name, record in results.of("causal-step").items() if name[0] == precision}
-    lengths = sorted({int(length) for _, length in cells})
+    measured = sorted({int(length) for _, length in cells})
+    lengths = sorted({*measured, TRANSPOINT_LENGTH})
     columns = [
         column for n in lengths for column in (Column(f"{n:,}", ("ms",), "low"), Column(f"{n:,}", ("relative",), "low"))
     ]
@@ -151,14 +158,15 @@ def _time_table(results: Results, precision: str) -> Table:
             record, base = cells.get((model, str(length))), cells.get(("Transformer", str(length)))
             entries += [_time(record), _relative(record, base)]
         rows.append(Row(_label(model), entries, "ours"))
-        beside = published()[TIMES][model]
-        at_last = [Entry()] * (len(columns) - 1)
-        rows.append(Row(_label(model), [*at_last, Entry(f"{beside:.2f}", value=beside)], "published"))
+        beside = [Entry()] * len(columns)
+        ratio = published()[TIMES][model]
+        beside[2 * lengths.index(TRANSPOINT_LENGTH) + 1] = Entry(f"{ratio:.2f}", value=ratio)
+        rows.append(Row(_label(model), beside, "published"))
     found = list(cells.values())
     caption = (
         f"One row a step, forward, backward and optimizer; {precision}; {_size(found)}; relative to the Transformer."
     )
-    wanted = [f"causal-step/{precision}/{model}/{length}" for model in TIMED for length in lengths]
+    wanted = [f"causal-step/{precision}/{model}/{length}" for model in TIMED for length in measured]
     title = f"TransMamba's Table 5 · Time of a training step, {precision}"
     return Table(title, caption, columns, rows, wanted, [f"{PUBLISHED_ON} Relative training times, at 8,192 tokens."])
 

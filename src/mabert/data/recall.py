@@ -1,0 +1,196 @@
+"""Recall: facts in a long row, and questions about them at its end. Generated, as token ids.
+
+- `mqar`: pairs of a key and a value, and every key asked for (multi-query associative recall, Arora et al. 2023).
+- `phonebook`: names of two tokens with numbers of four digits, and one name asked for.
+- `passkey`: one number of five digits in a monotonous text, and it is asked for.
+
+What is generated is a function of (seed, index) alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mabert.data.mlm import IGNORED
+
+PLACES = ("early", "middle", "late", "spread")
+"""Where in the row the facts stand: in one piece at its beginning, in its middle, right before the questions; or each
+anywhere."""
+
+PAD, BEGIN, QUESTION, MARK = 0, 1, 2, 3
+FIRST = 4
+"""The first id of a word."""
+DIGITS = 10
+PHRASE = 12  # words in the text of `passkey`, which is said again and again
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The shape of a fact: so many tokens that it is asked by, and so many that answer."""
+
+    cue: int
+    answer: int
+    all_asked: bool
+
+
+KINDS = {"mqar": Kind(1, 1, True), "phonebook": Kind(2, 4, False), "passkey": Kind(1, 5, False)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallTask:
+    """One setting of a task.
+
+    Raises:
+        ValueError: there is no such kind or place, or the row is too short for so many facts, or the vocabulary is too
+            small for so many different ones; the message says what it would take.
+    """
+
+    kind: str
+    length: int
+    """Tokens of a row, questions and answers included."""
+    pairs: int = 1
+    """Facts in it."""
+    place: str = "spread"
+    vocab_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no recall task {self.kind!r}. There are {', '.join(KINDS)}.")
+        if self.place not in PLACES:
+            raise ValueError(f"place={self.place!r} is not one of {', '.join(PLACES)}.")
+        if self.pairs < 1:
+            raise ValueError(f"pairs={self.pairs} must be at least 1.")
+        if self.kind == "passkey" and self.pairs != 1:
+            raise ValueError(f"pairs={self.pairs}: a text holds one passkey.")
+        if self.length < self.least_length:
+            raise ValueError(
+                f"{self.pairs} {'fact' if self.pairs == 1 else 'facts'} of {self.kind} and their questions take at "
+                f"least {self.least_length} tokens, but length={self.length}: give a longer row, or fewer pairs."
+            )
+        if self.vocab_size < self.least_vocabulary:
+            raise ValueError(
+                f"{self.kind} with {self.pairs} pairs takes a vocabulary of at least {self.least_vocabulary} tokens, "
+                f"but vocab_size={self.vocab_size}."
+            )
+
+    @property
+    def shape(self) -> Kind:
+        """Of its facts."""
+        return KINDS[self.kind]
+
+    @property
+    def questions(self) -> int:
+        """Facts that are asked for."""
+        return self.pairs if self.shape.all_asked else 1
+
+    @property
+    def least_length(self) -> int:
+        """Tokens of a row without anything between the facts and the questions."""
+        fact = self.shape.cue + self.shape.answer
+        return 1 + self.pairs * fact + self.questions * (1 + fact)
+
+    @property
+    def least_vocabulary(self) -> int:
+        """Tokens that so many different facts take."""
+        if self.kind == "mqar":
+            return FIRST + 4 * self.pairs  # a quarter each for keys and values, the rest stands between
+        return FIRST + DIGITS + 2 * max(self.pairs, PHRASE)
+
+    def sample(self, seed: int, index: int) -> "RecallSample":
+        """Row `index` of the stream of a seed."""
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, 7], np.uint64), counter=[0, index, 0, 0]))
+        cues, answers, filler = self._words(rng)
+        facts = [np.concatenate(fact) for fact in zip(cues, answers, strict=True)]
+        asked = rng.permutation(self.pairs)[: self.questions]
+        questions, labels = [], []
+        for fact in asked:
+            questions.append(np.concatenate(([QUESTION], cues[fact], answers[fact])))
+            unasked = np.full(1 + self.shape.cue, IGNORED)
+            labels.append(np.concatenate((unasked, answers[fact])))
+        room = self.length - self.least_length
+        context = self._laid_out(rng, facts, filler(room))
+        ids = np.concatenate(([BEGIN], context, *questions)).astype(np.int64)
+        ignored = np.full(1 + len(context), IGNORED)
+        return RecallSample(ids, np.concatenate((ignored, *labels)).astype(np.int64), 1 + len(context))
+
+    def _words(self, rng: np.random.Generator):
+        """Cues (pairs, cue), answers (pairs, answer), and a function that gives so many tokens to stand between."""
+        words = np.arange(FIRST, self.vocab_size)
+        if self.kind == "mqar":
+            quarter = len(words) // 4
+            keys, values, others = words[:quarter], words[quarter : 2 * quarter], words[2 * quarter :]
+            cues = rng.choice(keys, self.pairs, replace=False)[:, None]
+            return cues, rng.choice(values, (self.pairs, 1)), lambda n: rng.choice(others, n)
+        digits, others = words[:DIGITS], words[DIGITS:]
+        answers = rng.choice(digits, (self.pairs, self.shape.answer))
+        if self.kind == "passkey":
+            phrase = rng.choice(others, PHRASE)
+            return np.full((1, 1), MARK), answers, lambda n: np.resize(phrase, n)
+        half = len(others) // 2
+        first, last = rng.choice(others[:half], self.pairs), rng.choice(others[half:], self.pairs, replace=False)
+        return np.stack((first, last), axis=1), answers, lambda n: rng.choice(others, n)
+
+    def _laid_out(self, rng: np.random.Generator, facts: list[np.ndarray], filler: np.ndarray) -> np.ndarray:
+        """Facts and filler in one row, the facts at their place."""
+        room = len(filler)
+        if self.place == "spread":
+            cuts = np.sort(rng.integers(0, room + 1, len(facts)))
+        else:
+            cuts = np.full(len(facts), {"early": 0, "middle": room // 2, "late": room}[self.place])
+        pieces, before = [], 0
+        for fact, cut in zip(facts, cuts, strict=True):
+            pieces += [filler[before:cut], fact]
+            before = cut
+        return np.concatenate((*pieces, filler[before:]))
+
+
+@dataclass(frozen=True)
+class RecallSample:
+    """One row: ids and labels (length,), −100 everywhere but at the answers; and where the questions begin."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    questions_begin: int
+
+
+class RecallDataset(Dataset[dict[str, torch.Tensor]]):
+    """``dataset[index] -> {"input_ids", "labels", "segments"}``, each (length,); segment 1 is that of the questions.
+
+    Several tasks, of one length, take turns.
+    """
+
+    def __init__(self, tasks: Sequence[RecallTask], rows: int, seed: int) -> None:
+        if len({task.length for task in tasks}) != 1:
+            raise ValueError("the tasks of one dataset must have rows of one length")
+        self.tasks, self.rows, self.seed = list(tasks), rows, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.rows:
+            raise IndexError(f"row {index} of {self.rows}")
+        sample = self.tasks[index % len(self.tasks)].sample(self.seed, index)
+        segments = (np.arange(len(sample.ids)) >= sample.questions_begin).astype(np.int64)
+        arrays = {"input_ids": sample.ids, "labels": sample.labels, "segments": segments}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def answers_right(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    """Whether each answer is right in all of its tokens, in row order: (answers,) bool.
+
+    An answer is a run of labels; each of its tokens is predicted from the one before it.
+    """
+    right_BL = torch.zeros_like(labels_BL, dtype=torch.bool)
+    right_BL[:, 1:] = logits_BLV[:, :-1].argmax(-1) == labels_BL[:, 1:]
+    is_answer_BL = labels_BL != IGNORED
+    begins_BL = is_answer_BL.clone()
+    begins_BL[:, 1:] &= ~is_answer_BL[:, :-1]
+    answer_BL = begins_BL.flatten().cumsum(0).view_as(labels_BL) - 1
+    wrong = answer_BL[is_answer_BL & ~right_BL]
+    answers = torch.ones(int(begins_BL.sum()), dtype=torch.bool, device=labels_BL.device)
+    answers[wrong] = False
+    return answers

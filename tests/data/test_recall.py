@@ -1,0 +1,157 @@
+"""Recall tasks: facts where they should stand, questions about them, and answers counted."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mabert.data.recall import (
+    BEGIN,
+    DIGITS,
+    FIRST,
+    KINDS,
+    MARK,
+    PLACES,
+    QUESTION,
+    RecallDataset,
+    RecallTask,
+    answers_right,
+)
+
+SETTINGS = [("mqar", 6, 96), ("phonebook", 5, 96), ("passkey", 1, 64)]
+
+
+def task(kind="mqar", pairs=6, length=96, **changes):
+    return RecallTask(kind=kind, pairs=pairs, length=length, **changes)
+
+
+def facts_and_questions(made, sample):
+    """(cue, answer) pairs of the context with their places, and those of the questions."""
+    shape, ids = made.shape, sample.ids.tolist()
+    asked, at = [], sample.questions_begin
+    while at < len(ids):
+        assert ids[at] == QUESTION
+        cue = tuple(ids[at + 1 : at + 1 + shape.cue])
+        asked.append((cue, tuple(ids[at + 1 + shape.cue : at + 1 + shape.cue + shape.answer])))
+        at += 1 + shape.cue + shape.answer
+    context = ids[: sample.questions_begin]
+    places = []
+    for cue, answer in asked:
+        fact = [*cue, *answer]
+        found = [i for i in range(len(context)) if context[i : i + len(fact)] == fact]
+        assert found, "the fact that is asked for stands in the context"
+        places.append(found[0])
+    return asked, places
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("kind", "pairs", "length"), SETTINGS)
+def test_every_question_has_its_fact_at_its_place(kind, pairs, length, place):
+    made = task(kind, pairs, length, place=place)
+    for index in range(30):
+        sample = made.sample(3, index)
+        assert sample.ids.shape == sample.labels.shape == (length,)
+        assert sample.ids[0] == BEGIN
+        asked, places = facts_and_questions(made, sample)
+        assert len(asked) == made.questions
+        room = length - made.least_length
+        first = {"early": 1, "middle": 1 + room // 2, "late": 1 + room}.get(place)
+        if first is not None:
+            width = pairs * (made.shape.cue + made.shape.answer)
+            assert all(first <= at < first + width for at in places)
+    if place == "spread":
+        starts = [facts_and_questions(made, made.sample(0, i))[1][0] for i in range(60)]
+        assert max(starts) - min(starts) > length / 4
+
+
+@pytest.mark.parametrize(("kind", "pairs", "length"), SETTINGS)
+def test_only_answers_are_labelled(kind, pairs, length):
+    made = task(kind, pairs, length)
+    sample = made.sample(0, 0)
+    labelled = sample.labels != -100
+    assert (sample.labels[labelled] == sample.ids[labelled]).all()
+    assert labelled.sum() == made.questions * made.shape.answer
+    assert not labelled[: sample.questions_begin].any()
+
+
+def test_keys_are_different_and_asked_once_and_filler_holds_none_of_them():
+    made = task("mqar", 20, 200)
+    sample = made.sample(0, 5)
+    asked, _ = facts_and_questions(made, sample)
+    assert max(Counter(cue for cue, _ in asked).values()) == 1
+    context = Counter(sample.ids[: sample.questions_begin].tolist())
+    assert all(context[cue[0]] == 1 for cue, _ in asked)
+
+
+def test_names_of_a_phonebook_are_told_apart():
+    made = task("phonebook", 40, 400)
+    for index in range(20):
+        sample = made.sample(1, index)
+        (((cue, _),), _), context = facts_and_questions(made, sample), sample.ids[: sample.questions_begin].tolist()
+        assert min(cue) >= FIRST + DIGITS
+        assert sum(tuple(context[i : i + 2]) == cue for i in range(len(context))) == 1
+
+
+def test_the_passkey_stands_once():
+    sample = task("passkey", 1, 120).sample(0, 0)
+    assert (sample.ids[: sample.questions_begin] == MARK).sum() == 1
+
+
+def test_samples_are_a_function_of_seed_and_index():
+    made = task()
+    assert np.array_equal(made.sample(1, 2).ids, made.sample(1, 2).ids)
+    assert not np.array_equal(made.sample(1, 2).ids, made.sample(1, 3).ids)
+    assert not np.array_equal(made.sample(1, 2).ids, made.sample(2, 2).ids)
+
+
+def test_a_dataset_takes_its_tasks_in_turns():
+    tasks = [task(place=place) for place in ("early", "late")]
+    dataset = RecallDataset(tasks, rows=4, seed=0)
+    assert len(dataset) == 4
+    assert torch.equal(dataset[1]["input_ids"], torch.from_numpy(tasks[1].sample(0, 1).ids))
+    row = dataset[2]
+    begin = tasks[0].sample(0, 2).questions_begin
+    assert row["segments"].tolist() == [0] * begin + [1] * (96 - begin)
+    with pytest.raises(IndexError, match="row 4 of 4"):
+        dataset[4]
+    with pytest.raises(ValueError, match="rows of one length"):
+        RecallDataset([task(), task(length=97)], rows=4, seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_can_be_as_short_as_the_facts_allow(kind):
+    pairs = 1 if kind == "passkey" else 7
+    least = RecallTask(kind=kind, pairs=pairs, length=500).least_length
+    assert len(RecallTask(kind=kind, pairs=pairs, length=least).sample(0, 0).ids) == least
+    with pytest.raises(ValueError, match=f"take at least {least} tokens, but length={least - 1}: give a longer row"):
+        RecallTask(kind=kind, pairs=pairs, length=least - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "needle"}, "there is no recall task 'needle'. There are mqar, phonebook, passkey"),
+        ({"place": "end"}, "place='end' is not one of early, middle, late, spread"),
+        ({"pairs": 0}, "pairs=0 must be at least 1"),
+        ({"kind": "passkey", "pairs": 2}, "a text holds one passkey"),
+        ({"pairs": 30, "length": 400, "vocab_size": 100}, "takes a vocabulary of at least 124 tokens"),
+        ({"pairs": 100, "length": 128}, r"100 facts of mqar and their questions take at least 501 tokens"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        task(**changes)
+
+
+def test_answers_are_right_in_all_of_their_tokens():
+    labels = torch.tensor([[-100, 5, 6, -100, 7, -100], [-100, -100, 5, 5, -100, 8]])
+    logits = torch.zeros(2, 6, 10)
+
+    def say(row, place, token):
+        logits[row, place - 1, token] = 1
+
+    for row, place, token in ((0, 1, 5), (0, 2, 9), (0, 4, 7), (1, 2, 5), (1, 3, 5), (1, 5, 1)):
+        say(row, place, token)
+    assert answers_right(logits, labels).tolist() == [False, True, True, False]
+    assert answers_right(logits, torch.full((2, 6), -100)).tolist() == []
