@@ -44,8 +44,8 @@ def experiment(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="patterns, budgets, ablations, pooling, drift, efficiency, baselines, directions, transpoints or all; "
-            "then changes to the scale.",
+            help="patterns, budgets, ablations, pooling, drift, efficiency, baselines, directions, transpoints, "
+            "hybrids, recall, paraphrase or all; then changes to the scale.",
             metavar="NAME… KEY=VALUE…",
         ),
     ],
@@ -62,7 +62,7 @@ def experiment(
     """Run the paper's experiments at a scale. Finished cells are kept; the same command goes on where it was stopped.
 
     Table 1 is patterns, Table 2 and Figure 3 budgets, Table 3 ablations, B4 pooling, Figure 5 efficiency; transpoints
-    is TransMamba's.
+    is TransMamba's; hybrids, recall and paraphrase are about memory.
     [bold]mabert report[/] shows what was found.
 
     Example: [bold]mabert experiment patterns drift --scale tiny --max-minutes 10[/]

@@ -14,10 +14,12 @@ from mabert.data.recall import (
     MARK,
     PLACES,
     QUESTION,
+    Language,
     RecallDataset,
     RecallTask,
     answers_right,
 )
+from mabert.data.tokenizer import train_tokenizer
 
 SETTINGS = [("mqar", 6, 96), ("phonebook", 5, 96), ("passkey", 1, 64)]
 
@@ -155,3 +157,52 @@ def test_answers_are_right_in_all_of_their_tokens():
         say(row, place, token)
     assert answers_right(logits, labels).tolist() == [False, True, True, False]
     assert answers_right(logits, torch.full((2, 6), -100)).tolist() == []
+
+
+@pytest.fixture(scope="module")
+def language():
+    words = [a + b for a in ("cat", "dog", "bird", "fish", "horse") for b in ("ing", "ness", "ville", "ford", "ton",
+             "berg", "stein", "son", "man", "ley", "field", "wood", "worth", "burn")]  # fmt: skip
+    text = " ".join(words * 3) + " 0 1 2 3 4 5 6 7 8 9 . : " * 3
+    tokenizer = train_tokenizer([text], vocab_size=800, min_frequency=1)
+    return tokenizer, Language.of(tokenizer, np.array(tokenizer(text).input_ids[1:-1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_can_be_asked_in_the_tokens_of_a_tokenizer(kind, language):
+    tokenizer, spoken = language
+    made = task(kind, 1 if kind == "passkey" else 3, 64, vocab_size=60)
+    sample, own = made.sample(0, 4, spoken), made.sample(0, 4)
+    assert sample.questions_begin == own.questions_begin
+    labelled = own.labels != -100
+    assert (sample.labels[labelled] == spoken.words[own.labels[labelled]]).all()
+    assert (sample.labels[~labelled] == -100).all()
+    assert (sample.ids[own.questions_begin :] == spoken.words[own.ids[own.questions_begin :]]).all()
+    assert sample.ids[0] == tokenizer.cls_token_id
+    if kind != "mqar":
+        answer = tokenizer.convert_ids_to_tokens(sample.labels[labelled])
+        assert all(token.isdigit() for token in answer)
+    fillers = [tuple(spoken.text[i : i + 4]) for i in range(len(spoken.text) - 4)]
+    context = sample.ids[1 : sample.questions_begin]
+    assert any(tuple(context[i : i + 4]) in fillers for i in range(len(context) - 4)), "real text stands between"
+
+
+def test_a_language_that_is_too_small_is_refused(language):
+    _, spoken = language
+    with pytest.raises(ValueError, match="vocab_size=512 is over the"):
+        task(vocab_size=512).sample(0, 0, spoken)
+    with pytest.raises(ValueError, match="is shorter than a row of 96"):
+        task(vocab_size=60).sample(0, 0, Language(spoken.words, spoken.text[:50]))
+    poor = train_tokenizer(["a b c"] * 3, vocab_size=30)
+    with pytest.raises(ValueError, match="the tokenizer has 0 whole words"):
+        Language.of(poor, spoken.text)
+
+
+def test_words_stand_for_digits_where_there_are_none(language):
+    _, spoken = language
+    words = " ".join(chr(97 + a) + chr(97 + b) + "ster" for a in range(10) for b in range(10))
+    plain = train_tokenizer([words], vocab_size=400, min_frequency=1)
+    made = Language.of(plain, spoken.text)
+    tokens = plain.convert_ids_to_tokens(made.words[FIRST:].tolist())
+    assert all(token.isalpha() for token in tokens)
+    assert len(set(tokens)) == len(tokens)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from invented_results import STAMP, everything, finetuned, pretrained, pretraining_config, put
+from rich.console import Console
 
 import screenshot_report
 from mabert.experiments.efficiency import efficiency_cell
+from mabert.experiments.recall import Recall
 from mabert.experiments.report import write_report
 from mabert.experiments.report.collect import Record
 from mabert.experiments.report.pretraining import tokens_at
@@ -328,6 +330,50 @@ def test_schedules_stand_beside_the_published_losses(results: Path) -> None:
     assert "2 of 4 cells" in page.figure("Next-token loss")["text"]
 
 
+def test_recall_is_shown_by_place_and_memory_with_what_it_says(results: Path) -> None:
+    scores = {"sequential": 0.5, "sequential-attention-first": 0.4, "parallel-gate": 0.9}
+    for cell in Recall(tiny(), Console(quiet=True)).cells():
+        _, model, kind, _, _ = cell.name.split("/")
+        if kind == "mqar":
+            score = scores.get(model, 0.3)
+            result = {
+                "accuracy": {"early": 0.1, "middle": 0.2, "late": 0.25, "spread": score},
+                "probes": {"both": score, "recurrent-only": 0.15, "attention-only": 0.35, "none": 0.0},
+            }
+            put(results / "tiny", cell.name, result, cell.config)
+    page = report(results)
+    assert page.rows("Recall by place of the facts · mqar")["sequential"] == ["10.0%", "20.0%", "25.0%", "50.0%"]
+    assert page.rows("Recall through each memory · mqar")["parallel-gate"] == ["90.0%", "15.0%", "35.0%", "0.0%"]
+    text = page.figure("Recall by length · mqar")["text"]
+    assert "the best sequential one (sequential) recalls 50.0%, the best parallel one (parallel-gate) 90.0%" in text
+    assert "the parallel one is better" in text
+    assert "facts: 4 in 64 tokens" in text
+
+
+def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> None:
+    folder, config = results / "tiny", pretraining_config(tiny(), "sequential") | {"stage_lengths": [64]}
+    put(folder, "causal/sequential/0", pretrained(4.0, config | {"stage_fractions": [1.0]}), config)
+    for text, seed, accuracy in (
+        ("before", 0, 0.1),
+        ("paraphrase@25", 0, 0.3),
+        ("paraphrase@25", 1, 0.5),
+        ("none", 0, 0.2),
+    ):
+        score = {"accuracy": accuracy, "loss": 2.0}
+        result = {
+            "recall": dict.fromkeys(("mqar", "phonebook", "passkey"), score),
+            "gains": {name: {"gain": 0.25} for name in ("paraphrase", "verbatim")},
+        }
+        if text != "before":
+            result |= {"tokens": 5_000, "held_out_loss": 4.1}
+        put(folder, f"paraphrase/sequential/{text}/{seed}", result)
+    rows = report(results).rows("Paraphrases · sequential")
+    assert list(rows) == ["before", "none", "paraphrase@25"]
+    assert rows["before"][:3] == ["3.974", "10.0%", "2.000"]
+    assert rows["paraphrase@25"][:2] == ["4.100 ±0.000", "40.0% ±14.1%"]
+    assert rows["none"][0] == "– 1 of 2 cells"
+
+
 def test_training_times_are_relative_to_the_transformers(results: Path) -> None:
     folder = results / "tiny"
     for cell in timing_cells(tiny()):
@@ -361,6 +407,8 @@ def test_training_times_are_relative_to_the_transformers(results: Path) -> None:
         ("causal", "TransMamba's Table 6"),
         ("causal-step", "TransMamba's Table 5"),
         ("causal-layer", "TransMamba's Figure 4"),
+        ("recall", "Recall by length"),
+        ("paraphrase", "Paraphrases"),
     ],
 )
 def test_each_kind_of_cell_can_be_the_only_one(invented: Page, results: Path, kind: str, title: str) -> None:
@@ -404,6 +452,11 @@ def test_drift_is_shown_by_mode_with_its_findings(invented: Page) -> None:
         "Table B5 · Parameters",
         "Hyperparameters of fine-tuning",
         "Next-token loss while pretraining",
+        "Hybrids as language models",
+        "Recall by length · mqar",
+        "Recall by place of the facts · phonebook",
+        "Recall through each memory · passkey",
+        "Paraphrases · sequential",
         "TransMamba's Table 6 · Loss by schedule",
         "TransMamba's Table 5 · Time of a training step, fp32",
         "TransMamba's Figure 4 (a) · Cost of a layer by TransPoint, bf16",

@@ -7,15 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from mabert.data.recall import KINDS as RECALL_KINDS
+from mabert.data.recall import PLACES
 from mabert.experiments.architectures import BASELINES, MABERTS
 from mabert.experiments.catalogue import named
-from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, transmamba_name
+from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, HYBRIDS, transmamba_name
 from mabert.experiments.drift import MEASURES, MODES, PADS
 from mabert.experiments.efficiency import KINDS, MODELS, PROTOCOLS, efficiency_cell
 from mabert.experiments.finetuning import main_metric
+from mabert.experiments.paraphrase import GAINS
+from mabert.experiments.recall import Recall
 from mabert.experiments.report.collect import SCORES
 from mabert.experiments.scales import SCALES, Scale
 from mabert.experiments.transpoints import timing_cells
+from mabert.models.causal import MEMORIES
 
 STAMP = {
     "date": "2026-01-02",
@@ -115,6 +122,7 @@ def everything(results: Path, name: str, seed: int = 0) -> Path:
     _drift(folder, rng)
     _efficiency(folder, scale, rng)
     _transpoints(folder, scale, rng)
+    _recall(folder, scale, rng)
     return folder
 
 
@@ -193,6 +201,29 @@ def _transpoints(folder: Path, scale: Scale, rng: random.Random) -> None:
             "samples_ms": [milliseconds * rng.gauss(1, 0.03) for _ in range(5)],
             "repetitions": 5,
             "peak_resident_bytes": 2**29,
+        }
+        put(folder, cell.name, result, cell.config)
+
+
+def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
+    for name in HYBRIDS:
+        config = pretraining_config(scale, name) | {"stage_lengths": [scale.causal.length], "stage_fractions": [1.0]}
+        put(folder, f"causal/{name}/0", pretrained(4.2 + rng.gauss(0, 0.1), config), config)
+    for model in scale.paraphrase.models:
+        for text in ("before", "none", "paraphrase@25", "verbatim@25"):
+            score = {"accuracy": rng.uniform(0, 0.3), "loss": rng.uniform(3, 6)}
+            result = {
+                "recall": dict.fromkeys(RECALL_KINDS, score),
+                "gains": {name: {"gain": rng.uniform(0, 1)} for name in GAINS},
+            }
+            if text != "before":
+                result |= {"tokens": 1_000_000, "held_out_loss": rng.gauss(4.2, 0.1)}
+            put(folder, f"paraphrase/{model}/{text}/0", result)
+    for cell in Recall(scale, Console(quiet=True)).cells():
+        accuracy = min(1.0, max(0.0, rng.gauss(0.7, 0.1)))
+        result = {
+            "accuracy": dict.fromkeys(PLACES, accuracy),
+            "probes": {memories: accuracy * (memories != "none") for memories in MEMORIES},
         }
         put(folder, cell.name, result, cell.config)
 

@@ -10,7 +10,7 @@ from mabert.experiments.catalogue import Suite
 from mabert.experiments.cells import CellStore
 from mabert.experiments.finetuning import Finetuning
 from mabert.experiments.pretraining import Pretraining
-from mabert.experiments.scales import CausalScale, Scale
+from mabert.experiments.scales import CausalScale, ParaphraseScale, RecallScale, Scale
 from mabert.experiments.sources import Sources
 
 QUIET = Console(quiet=True)
@@ -55,6 +55,27 @@ SECONDS = Scale(
         timed="tiny",
         timed_lengths=(64, 128),
         timed_points=3,
+    ),
+    recall=RecallScale(
+        hidden_size=16,
+        intermediate_size=64,
+        vocab_size=128,
+        kinds=("mqar",),
+        lengths=(48,),
+        steps=2,
+        batch_size=2,
+        seeds=1,
+        eval_rows=4,
+    ),
+    paraphrase=ParaphraseScale(
+        models=("sequential",),
+        ratios=(0.25,),
+        orders=("passage-first", "paraphrase-first"),
+        words=2_000,
+        steps=2,
+        seeds=1,
+        eval_rows=4,
+        pairs=1,
     ),
 )
 

@@ -121,6 +121,26 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
+def paraphrases(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """`count` distinct pairs of a passage of two sentences and the same in other words: what they speak of first comes
+    last."""
+    rng, everything = random.Random(seed), Cast()
+    found: dict[str, str] = {}
+    while len(found) < count:
+        parts = [_subject_verb_object(rng, everything) for _ in range(2)]
+        passage = " ".join(f"{subject} {verb} {complement}.".capitalize() for subject, verb, complement in parts)
+        found[passage] = " ".join(f"It is {complement} that {subject} {verb}." for subject, verb, complement in parts)
+    return list(found.items())
+
+
+def _subject_verb_object(rng: random.Random, cast: Cast) -> tuple[str, str, str]:
+    number = rng.choice((SINGULAR, PLURAL))
+    subject, complement = (
+        " ".join(word.text for word in cast._noun_phrase(rng, of)) for of in (number, rng.choice((SINGULAR, PLURAL)))
+    )
+    return subject, rng.choice(cast.verbs)[number], complement
+
+
 def examples(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """`count` distinct pairs of sentence and label, labels in turn; no two come from the same acceptable sentence."""
     return [(text, label) for _, text, label in _examples(count, seed)]

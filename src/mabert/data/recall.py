@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from mabert.data.mlm import IGNORED
 
@@ -24,6 +25,7 @@ PAD, BEGIN, QUESTION, MARK = 0, 1, 2, 3
 FIRST = 4
 """The first id of a word."""
 DIGITS = 10
+LEAST_WORDS = 64
 PHRASE = 12  # words in the text of `passkey`, which is said again and again
 
 
@@ -99,8 +101,8 @@ class RecallTask:
             return FIRST + 4 * self.pairs  # a quarter each for keys and values, the rest stands between
         return FIRST + DIGITS + 2 * max(self.pairs, PHRASE)
 
-    def sample(self, seed: int, index: int) -> "RecallSample":
-        """Row `index` of the stream of a seed."""
+    def sample(self, seed: int, index: int, language: "Language | None" = None) -> "RecallSample":
+        """Row `index` of the stream of a seed; in the tokens of a language, if one is given."""
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, 7], np.uint64), counter=[0, index, 0, 0]))
         cues, answers, filler = self._words(rng)
         facts = [np.concatenate(fact) for fact in zip(cues, answers, strict=True)]
@@ -111,10 +113,16 @@ class RecallTask:
             unasked = np.full(1 + self.shape.cue, IGNORED)
             labels.append(np.concatenate((unasked, answers[fact])))
         room = self.length - self.least_length
-        context = self._laid_out(rng, facts, filler(room))
-        ids = np.concatenate(([BEGIN], context, *questions)).astype(np.int64)
-        ignored = np.full(1 + len(context), IGNORED)
-        return RecallSample(ids, np.concatenate((ignored, *labels)).astype(np.int64), 1 + len(context))
+        between = filler(room)
+        if language is not None:
+            language.check(self)
+            facts, questions = ([language.words[part] for part in parts] for parts in (facts, questions))
+            between = language.text_at(rng, room)
+        context = self._laid_out(rng, facts, between)
+        begin = [BEGIN if language is None else language.words[BEGIN]]
+        ids = np.concatenate((begin, context, *questions)).astype(np.int64)
+        is_answer = np.concatenate((np.full(1 + len(context), IGNORED), *labels)) != IGNORED
+        return RecallSample(ids, np.where(is_answer, ids, IGNORED), 1 + len(context))
 
     def _words(self, rng: np.random.Generator):
         """Cues (pairs, cue), answers (pairs, answer), and a function that gives so many tokens to stand between."""
@@ -148,6 +156,54 @@ class RecallTask:
 
 
 @dataclass(frozen=True)
+class Language:
+    """The tokens of a tokenizer in the place of the task's own, and real text between the facts.
+
+    Attributes:
+        words: (n,) the tokenizer's id for each of the task's ids.
+        text: (m,) ids of a text.
+    """
+
+    words: np.ndarray
+    text: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, text: np.ndarray, seed: int = 0) -> "Language":
+        """Digits as digits, where the vocabulary has them, whole words of letters as words in an order of the seed, and
+        this text.
+
+        Raises:
+            ValueError: the vocabulary has few words.
+        """
+        vocabulary = tokenizer.get_vocab()
+        special = set(tokenizer.all_special_ids)
+        whole = sorted(id for word, id in vocabulary.items() if word.isalpha() and len(word) > 3 and id not in special)
+        if len(whole) < LEAST_WORDS:
+            raise ValueError(
+                f"the tokenizer has {len(whole)} whole words of more than three letters: recall takes {LEAST_WORDS}."
+            )
+        words = np.random.default_rng(seed).permutation(whole)
+        digits = [vocabulary[str(digit)] for digit in range(DIGITS) if str(digit) in vocabulary]
+        if len(digits) < DIGITS:
+            digits, words = words[:DIGITS].tolist(), words[DIGITS:]
+        ends = tokenizer.sep_token_id
+        marks = [tokenizer.pad_token_id, tokenizer.cls_token_id, vocabulary.get(".", ends), vocabulary.get(":", ends)]
+        return cls(np.concatenate((np.array([*marks, *digits], np.int64), words.astype(np.int64))), text)
+
+    def check(self, task: RecallTask) -> None:
+        """Raise ValueError where the task has more words than the language, or its rows are longer than the text."""
+        if task.vocab_size > len(self.words):
+            raise ValueError(f"vocab_size={task.vocab_size} is over the {len(self.words)} words of the language.")
+        if task.length > len(self.text):
+            raise ValueError(f"the text of {len(self.text)} tokens is shorter than a row of {task.length}.")
+
+    def text_at(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """So many tokens of the text, from anywhere on."""
+        start = int(rng.integers(0, len(self.text) - length + 1))
+        return self.text[start : start + length]
+
+
+@dataclass(frozen=True)
 class RecallSample:
     """One row: ids and labels (length,), −100 everywhere but at the answers; and where the questions begin."""
 
@@ -162,10 +218,10 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
     Several tasks, of one length, take turns.
     """
 
-    def __init__(self, tasks: Sequence[RecallTask], rows: int, seed: int) -> None:
+    def __init__(self, tasks: Sequence[RecallTask], rows: int, seed: int, language: Language | None = None) -> None:
         if len({task.length for task in tasks}) != 1:
             raise ValueError("the tasks of one dataset must have rows of one length")
-        self.tasks, self.rows, self.seed = list(tasks), rows, seed
+        self.tasks, self.rows, self.seed, self.language = list(tasks), rows, seed, language
 
     def __len__(self) -> int:
         return self.rows
@@ -173,7 +229,7 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.rows:
             raise IndexError(f"row {index} of {self.rows}")
-        sample = self.tasks[index % len(self.tasks)].sample(self.seed, index)
+        sample = self.tasks[index % len(self.tasks)].sample(self.seed, index, self.language)
         segments = (np.arange(len(sample.ids)) >= sample.questions_begin).astype(np.int64)
         arrays = {"input_ids": sample.ids, "labels": sample.labels, "segments": segments}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -8,6 +8,7 @@ from mabert.experiments.cells import Cell
 from mabert.experiments.drift import drift_cells
 from mabert.experiments.efficiency import efficiency_cells
 from mabert.experiments.finetuning import Finetuning
+from mabert.experiments.paraphrase import Paraphrase
 from mabert.experiments.pretraining import Pretraining
 from mabert.experiments.recall import Recall
 from mabert.experiments.scales import Scale
@@ -78,6 +79,10 @@ class Suite:
         """What each architecture recalls, by task, length and place, and through which memory."""
         yield from Recall(self.scale, self.pretraining.console).cells()
 
+    def paraphrase(self) -> Iterator[Cell]:
+        """Recall before and after continual training on paraphrases, beside controls."""
+        yield from Paraphrase(self._transpoints).cells()
+
     @property
     def _transpoints(self) -> TransPoints:
         return TransPoints(self.pretraining.sources, self.pretraining.work, self.pretraining.console)
@@ -130,6 +135,7 @@ EXPERIMENTS: dict[str, Callable[[Suite], Iterator[Cell]]] = {
         "transpoints",
         "hybrids",
         "recall",
+        "paraphrase",
         "all",
     )
 }

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from mabert.causal_config import TRANSPOINTS, HybridConfig, TransMambaConfig
 from mabert.config import FUSIONS
 from mabert.experiments.architectures import Vocabulary, encoder_parameters, matching_width
+from mabert.experiments.scales import HYBRID_NAMES
 
 
 class CausalSize(Protocol):
@@ -59,6 +60,7 @@ HYBRIDS = {
     **{f"parallel-{fusion}": Hybrid("P", fusion) for fusion in FUSIONS},
 }
 """Attention and SSM one after the other, or side by side, and each alone (arXiv 2510.26912)."""
+assert tuple(HYBRIDS) == HYBRID_NAMES
 
 
 def transmamba_name(schedule: str) -> str:

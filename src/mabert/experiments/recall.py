@@ -77,7 +77,7 @@ class Recall:
             "encoder_parameters": encoder_parameters(config),
             "accuracy": {place: evaluate_recall(model, recall.task(kind, length, place), rows) for place in PLACES},
             "probes": {
-                memories: evaluate_recall(model, recall.task(kind, length), rows, memories=memories)
+                memories: evaluate_recall(model, recall.task(kind, length), rows, memories=memories).accuracy
                 for memories in MEMORIES
             },
             "losses": losses[:: max(1, len(losses) // 50)],

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mabert.causal_config import TRANSPOINTS
-from mabert.config import MaBertConfig
+from mabert.config import FUSIONS, MaBertConfig
+from mabert.data.paraphrase import Augmentation
 from mabert.data.recall import RecallTask
 
 PATTERNS = (
@@ -18,6 +19,15 @@ PATTERNS = (
     "TTMTTMTTMTTM",
 )
 """The eight of Table 1."""
+
+HYBRID_NAMES = (
+    "Transformer",
+    "Mamba-2",
+    "sequential",
+    "sequential-attention-first",
+    *(f"parallel-{f}" for f in FUSIONS),
+)
+"""Causal models of attention and SSM: each alone, one after the other, side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +119,43 @@ class RecallScale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParaphraseScale:
+    """How the causal models of a scale go on training on paraphrases."""
+
+    models: tuple[str, ...] = ("Transformer", "sequential", "parallel-merge-attention")
+    kinds: tuple[str, ...] = ("none", "paraphrase", "verbatim", "unrelated", "apart")
+    ratios: tuple[float, ...] = (0.1, 0.25, 0.5)
+    """Of paraphrases; the controls take the middle one."""
+    orders: tuple[str, ...] = ("passage-first", "paraphrase-first")
+    """Of paraphrases at the middle ratio; everything else takes the first one."""
+    gap: tuple[int, int] = (0, 30)
+    words: int = 1_000_000
+    """Of the text that is trained on."""
+    steps: int = 500
+    learning_rate: float = 2e-4
+    seeds: int = 3
+    eval_rows: int = 256
+    pairs: int = 4
+    """Facts in a row of the recall tasks."""
+
+    def __post_init__(self) -> None:
+        for name in ("words", "steps", "seeds", "eval_rows", "pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"paraphrase.{name}={getattr(self, name)} must be at least 1.")
+        for kind in self.kinds:
+            for order in self.orders:
+                for ratio in self.ratios:
+                    Augmentation(kind=kind, order=order, ratio=ratio, gap=self.gap)
+        if unknown := [name for name in self.models if name not in HYBRID_NAMES]:
+            raise ValueError(f"paraphrase.models: there is no {unknown[0]!r}. There are {', '.join(HYBRID_NAMES)}.")
+
+    @property
+    def middle(self) -> float:
+        """The ratio of all but one comparison."""
+        return self.ratios[len(self.ratios) // 2]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """Every choice that makes an experiment large or small; the defaults are the paper's."""
 
@@ -160,6 +207,7 @@ class Scale:
     """Sentences whose drift is measured; the whole dev set by default."""
     causal: CausalScale = field(default_factory=CausalScale)
     recall: RecallScale = field(default_factory=RecallScale)
+    paraphrase: ParaphraseScale = field(default_factory=ParaphraseScale)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "pretraining_seeds", "finetuning_seeds", "repetitions"):
@@ -242,6 +290,16 @@ def tiny() -> Scale:
         recall=RecallScale(
             hidden_size=32, vocab_size=256, lengths=(64,), steps=60, batch_size=16, seeds=1, eval_rows=64
         ),
+        paraphrase=ParaphraseScale(
+            models=("sequential",),
+            ratios=(0.25,),
+            orders=("passage-first",),
+            words=20_000,
+            steps=20,
+            seeds=1,
+            eval_rows=32,
+            pairs=2,
+        ),
     )
 
 
@@ -288,6 +346,9 @@ def cpu() -> Scale:
             timed="small",
         ),
         recall=RecallScale(vocab_size=256, kinds=("mqar",), lengths=(64, 128), steps=1_500, batch_size=32, seeds=2),
+        paraphrase=ParaphraseScale(
+            models=("sequential",), ratios=(0.25,), orders=("passage-first",), words=600_000, steps=100, seeds=1
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from mabert.data import generated
 from mabert.data.corpus import SUFFIXES, CorpusError, iter_documents
 from mabert.data.formats import read_lines
 from mabert.data.glue import glue_files, load_glue
+from mabert.data.paraphrase import Pair, read_pairs
 from mabert.data.shards import MANIFEST, prepare_shards
 from mabert.data.tables import read_table
 from mabert.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
@@ -133,6 +134,27 @@ class Sources:
         if self.data is None:
             return "generated sentences", generated.sentences(rows or 1_000, GENERATED_SEED)
         return "CoLA dev", load_glue(self.data / "glue", "CoLA")["dev"].texts[:rows]
+
+    def pairs(self) -> tuple[list[Pair], list[Pair]]:
+        """Passages with their paraphrases, to train on and held out: every tenth."""
+        made = generated.paraphrases(1_000, GENERATED_SEED) if self.data is None else None
+        pairs = made or read_pairs(self._pair_files())
+        return [pair for n, pair in enumerate(pairs) if n % 10], pairs[::10]
+
+    def pairs_identity(self) -> dict[str, str]:
+        """What the pairs are, for a cell's config."""
+        return generator() if self.data is None else digests(self._pair_files())
+
+    def _pair_files(self) -> list[Path]:
+        assert self.data is not None
+        endings = tuple(f".tsv{packed}" for packed in ("", ".gz", ".xz"))
+        found = sorted(path for path in (self.data / "paraphrase").glob("*") if path.name.endswith(endings))
+        if not found:
+            raise CorpusError(
+                f"{self.data}/paraphrase holds no .tsv (or .gz, .xz) of passages and paraphrases: put some there, or "
+                "leave --data out to generate them"
+            )
+        return found
 
     def _text_files(self, split: str) -> list[Path]:
         assert self.data is not None

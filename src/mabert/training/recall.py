@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from mabert.data.recall import RecallDataset, RecallTask, answers_right
+from mabert.data.mlm import IGNORED
+from mabert.data.recall import Language, RecallDataset, RecallTask, answers_right
 from mabert.inference.loading import default_device
 from mabert.training.optim import adamw
 
@@ -63,7 +65,7 @@ def train_recall(
         inputs = {name: batch[name].to(device) for name in ("input_ids", "labels")}
         with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
             loss = model(**inputs).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(
                 f"the loss became {losses[-1]} in step {len(losses)}: lower learning_rate={run.learning_rate}"
@@ -80,6 +82,16 @@ def train_recall(
     return losses
 
 
+@dataclass(frozen=True)
+class RecallScore:
+    """What a model answered."""
+
+    accuracy: float
+    """Share of the questions whose answer was right in all of its tokens."""
+    loss: float
+    """Mean cross-entropy of the answers' tokens, in nats."""
+
+
 @torch.no_grad()
 def evaluate_recall(
     model: PreTrainedModel,
@@ -89,20 +101,27 @@ def evaluate_recall(
     memories: str = "both",
     batch_size: int = 64,
     seed: int = EVALUATION_SEED,
-) -> float:
-    """Share of the questions whose answer the model gives in all of its tokens.
+    language: Language | None = None,
+) -> RecallScore:
+    """What the model answers to the questions of so many rows.
 
     Args:
         memories: what may cross from the facts to the questions, for a probe of a hybrid: "recurrent-only",
             "attention-only", "none".
+        language: ask in the tokens of a tokenizer, with real text between the facts.
     """
     was_training = model.training
     model.eval()
     right: list[Tensor] = []
-    for batch in DataLoader(RecallDataset([task], rows, seed), batch_size=batch_size):
+    loss = tokens = 0.0
+    for batch in DataLoader(RecallDataset([task], rows, seed, language), batch_size=batch_size):
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels, segments = inputs.pop("labels"), inputs.pop("segments")
         probe = {} if memories == "both" else {"segments": segments, "memories": memories}
-        right.append(answers_right(model(**inputs, **probe, use_cache=False).logits, labels))
+        logits = model(**inputs, **probe, use_cache=False).logits
+        right.append(answers_right(logits, labels))
+        is_answer = labels[:, 1:] != IGNORED
+        loss += cross_entropy(logits[:, :-1][is_answer].float(), labels[:, 1:][is_answer], reduction="sum").item()
+        tokens += int(is_answer.sum())
     model.train(was_training)
-    return float(torch.cat(right).float().mean())
+    return RecallScore(float(torch.cat(right).float().mean()), loss / tokens)

@@ -12,6 +12,7 @@ from mabert.experiments.report.equal_tokens import baselines, directions
 from mabert.experiments.report.grid import grid
 from mabert.experiments.report.markup import DASH, Html, Section, element, render_block
 from mabert.experiments.report.paper_tables import ablations, budgets, patterns, pooling
+from mabert.experiments.report.paraphrase import paraphrase
 from mabert.experiments.report.recall import hybrids
 from mabert.experiments.report.styles import colour_variables
 from mabert.experiments.report.transpoints import transpoints
@@ -30,6 +31,7 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[Results], Section | None]]] = {
     "directions": ("Scan direction and convolution", directions),
     "grid": ("Fine-tuning grid", grid),
     "hybrids": ("Sequential and parallel hybrids, and what they recall", hybrids),
+    "paraphrase": ("Training on paraphrases", paraphrase),
     "transpoints": ("TransMamba's schedules: its Tables 5 and 6, its Figure 4", transpoints),
 }
 TITLE = "The experiments of MaBERT, repeated"
