@@ -18,7 +18,7 @@ from mabert.experiments.causal_architectures import (
 from mabert.experiments.causal_timing import CausalTiming, measure
 from mabert.experiments.cells import run_cells
 from mabert.experiments.scales import SCALES
-from mabert.experiments.transpoints import TIMED, TransPoints, mixer_flops, size_of, timing_cells
+from mabert.experiments.transpoints import TransPoints, mixer_flops, models_of, size_of, timing_cells
 from mabert.layers.transmamba import TransMambaMixer
 from mabert.models.init import init_module
 from mabert.ops import SequenceLayout
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
 def test_all_read_the_same_rows_by_the_same_recipe(trained):
     _, cells, folder = trained
     contents = [json.loads((folder / "results" / f"{cell.name}.json").read_text()) for cell in cells]
-    assert [content["config"]["architecture"] for content in contents] == [*CAUSAL_REFERENCES, "TransMamba-V9"]
+    assert [content["config"]["architecture"] for content in contents] == ["TransMamba-V9", *CAUSAL_REFERENCES]
     common = [{k: v for k, v in content["config"].items() if k != "architecture"} for content in contents]
     assert all(config == common[0] for config in common)
     assert common[0]["lr_schedule"] == "cosine"
@@ -89,8 +89,10 @@ def test_every_length_model_and_transpoint_is_timed():
     precisions = ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")
     for precision in precisions:
         for length in (64, 128):
-            assert {f"causal-step/{precision}/{model}/{length}" for model in TIMED} <= set(names)
-        assert {f"causal-layer/{precision}/128/{point}" for point in (0, 64, 128)} <= set(names)
+            assert {f"causal-step/{precision}/{model}/{length}" for model in models_of(SECONDS.causal)} <= set(names)
+            points = (0, length // 2, length)
+            assert {f"causal-layer/{precision}/{length}/{point}" for point in points} <= set(names)
+    assert models_of(SCALES["cpu"]().causal)[4:] == [f"TransMamba-V{n}" for n in range(1, 9)]
     assert all(cell.alone for cell in timing_cells(SECONDS))
 
 

@@ -75,7 +75,9 @@ class Recall:
         return {
             "parameters": model.num_parameters(),
             "encoder_parameters": encoder_parameters(config),
-            "accuracy": {place: evaluate_recall(model, recall.task(kind, length, place), rows) for place in PLACES},
+            "accuracy": {
+                place: evaluate_recall(model, recall.task(kind, length, place), rows).accuracy for place in PLACES
+            },
             "probes": {
                 memories: evaluate_recall(model, recall.task(kind, length), rows, memories=memories).accuracy
                 for memories in MEMORIES

@@ -343,7 +343,7 @@ def cpu() -> Scale:
             batch_size=8,
             micro_batch_size=8,
             learning_rate=2e-3,
-            timed="small",
+            timed="mini",
         ),
         recall=RecallScale(vocab_size=256, kinds=("mqar",), lengths=(64, 128), steps=1_500, batch_size=32, seeds=2),
         paraphrase=ParaphraseScale(

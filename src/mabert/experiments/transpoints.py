@@ -19,7 +19,8 @@ from mabert.experiments.scales import SCALES, CausalScale, Scale
 from mabert.experiments.sources import Sources
 from mabert.ops.ssd import CHUNK
 
-TIMED = (transmamba_name("V9"), *CAUSAL_REFERENCES)
+MAIN = (transmamba_name("V9"), *CAUSAL_REFERENCES)
+"""The paper's last schedule, and what it is compared with."""
 SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers", "length")
 # PAPER TransMamba: Table 7; the warm-up is ours
 RECIPE = {"lr_schedule": "cosine", "min_lr_fraction": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -41,7 +42,7 @@ class TransPoints:
 
     def cells(self) -> Iterator[Cell]:
         """All of them: losses first."""
-        for name in (*CAUSAL_REFERENCES, *map(transmamba_name, self.scale.schedules)):
+        for name in models_of(self.scale):
             for seed in range(self.scale.seeds):
                 yield self.pretraining(name, seed)
         yield from timing_cells(self.sources.scale)
@@ -79,18 +80,22 @@ class TransPoints:
         )
 
 
+def models_of(scale: CausalScale) -> list[str]:
+    """The paper's main ones, and TransMamba with the scale's other schedules."""
+    return list(dict.fromkeys((*MAIN, *map(transmamba_name, scale.schedules))))
+
+
 def timing_cells(scale: Scale) -> Iterator[Cell]:
-    """Training steps of the models by length, and of a layer by TransPoint at the greatest length."""
+    """Training steps of the models by length, and one layer by length and TransPoint."""
     timed, causal = SCALES[scale.causal.timed]().causal, scale.causal
     for precision in ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16"):
         for length in causal.timed_lengths:
-            for name in TIMED:
+            for name in models_of(causal):
                 yield _timing(scale, timed, f"causal-step/{precision}/{name}/{length}", name, length, precision, None)
-        longest = max(causal.timed_lengths)
-        for index in range(causal.timed_points):
-            point = longest * index // (causal.timed_points - 1)
-            cell = f"causal-layer/{precision}/{longest}/{point}"
-            yield _timing(scale, timed, cell, TIMED[0], longest, precision, point)
+            for index in range(causal.timed_points):
+                point = length * index // (causal.timed_points - 1)
+                cell = f"causal-layer/{precision}/{length}/{point}"
+                yield _timing(scale, timed, cell, MAIN[0], length, precision, point)
 
 
 def _timing(

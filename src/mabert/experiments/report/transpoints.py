@@ -14,7 +14,7 @@ from mabert.experiments.report.plots import Axis, Series, plot
 from mabert.experiments.report.pretraining import tokens_at
 from mabert.experiments.report.styles import Style, key, style
 from mabert.experiments.scales import CausalScale
-from mabert.experiments.transpoints import TIMED, mixer_flops
+from mabert.experiments.transpoints import MAIN, mixer_flops
 
 LOSSES, TIMES = "transmamba_table6_validation_loss", "transmamba_table5_relative_training_time"
 PUBLISHED_ON = f"Published: {TRANSMAMBA}, models of 400 million and 1.5 billion parameters, 8,192 tokens a sequence."
@@ -59,7 +59,7 @@ def _cells(results: Results, model: str) -> list[str]:
 def _trained(results: Results) -> list[str]:
     """The models that any cell trained, and those that Figure and table are about in any case."""
     found = {model for model, _ in _trained_cells(results)}
-    return [model for model in _models() if model in found or model in TIMED]
+    return [model for model in _models() if model in found or model in MAIN]
 
 
 def _about(results: Results) -> str:
@@ -76,7 +76,7 @@ def _about(results: Results) -> str:
 def _loss_figure(results: Results) -> Figure:
     """Held-out loss against the tokens read; of the schedules only the paper's last, V9."""
     series, entropy = [], 0.0
-    for model in TIMED:
+    for model in MAIN:
         curves: dict[float, list[float]] = {}
         for record in results.found(_cells(results, model)):
             for point in record.at("evaluations"):
@@ -95,8 +95,8 @@ def _loss_figure(results: Results) -> Figure:
         level=("unigram entropy", entropy) if series else None,
     )
     caption = f"The dashed line is the best that a predictor without context can do. {_about(results)}"
-    wanted = [name for model in TIMED for name in _cells(results, model)]
-    legend = key((model, style(model)) for model in TIMED)
+    wanted = [name for model in MAIN for name in _cells(results, model)]
+    legend = key((model, style(model)) for model in MAIN)
     return Figure("Next-token loss while pretraining", caption, legend, [Panel("", svg)], wanted)
 
 
@@ -152,21 +152,22 @@ def _time_table(results: Results, precision: str) -> Table:
         column for n in lengths for column in (Column(f"{n:,}", ("ms",), "low"), Column(f"{n:,}", ("relative",), "low"))
     ]
     rows = []
-    for model in TIMED:
+    models = [model for model in _models() if model in MAIN or any(name == model for name, _ in cells)]
+    for model in models:
         entries: list[Entry] = []
         for length in lengths:
             record, base = cells.get((model, str(length))), cells.get(("Transformer", str(length)))
             entries += [_time(record), _relative(record, base)]
         rows.append(Row(_label(model), entries, "ours"))
-        beside = [Entry()] * len(columns)
-        ratio = published()[TIMES][model]
-        beside[2 * lengths.index(TRANSPOINT_LENGTH) + 1] = Entry(f"{ratio:.2f}", value=ratio)
-        rows.append(Row(_label(model), beside, "published"))
+        if model in published()[TIMES]:
+            beside, ratio = [Entry()] * len(columns), published()[TIMES][model]
+            beside[2 * lengths.index(TRANSPOINT_LENGTH) + 1] = Entry(f"{ratio:.2f}", value=ratio)
+            rows.append(Row(_label(model), beside, "published"))
     found = list(cells.values())
     caption = (
         f"One row a step, forward, backward and optimizer; {precision}; {_size(found)}; relative to the Transformer."
     )
-    wanted = [f"causal-step/{precision}/{model}/{length}" for model in TIMED for length in measured]
+    wanted = [f"causal-step/{precision}/{model}/{length}" for model in models for length in measured]
     title = f"TransMamba's Table 5 · Time of a training step, {precision}"
     return Table(title, caption, columns, rows, wanted, [f"{PUBLISHED_ON} Relative training times, at 8,192 tokens."])
 
@@ -205,7 +206,7 @@ def _layer_figure(results: Results, precision: str) -> Figure:
         if length not in fine:
             continue
         whole = fine[length].at("median_ms")
-        config = causal_architecture(TIMED[0], CausalScale(**fine[length].config["size"]), longest=length)
+        config = causal_architecture(MAIN[0], CausalScale(**fine[length].config["size"]), longest=length)
         assert isinstance(config, TransMambaConfig)
         counted_flops = {point: sum(mixer_flops(config, length, point).values()) for point in fine}
         times = [record.at("median_ms") / whole for record in fine.values()]
