@@ -95,7 +95,7 @@ def watched(corpus: "Corpus") -> Iterator[str]:
 def pretrain(
     recipe: Annotated[
         str,
-        typer.Argument(help="tiny, mini, small, base (MaBERT's); transmamba_tiny, transmamba (a causal model's)."),
+        typer.Argument(help="tiny, mini, small, base (MaBERT's); causal: transmamba_tiny, transmamba, hybrid_tiny."),
     ],
     assignments: Assignments = None,
     dry_run: DryRun = False,

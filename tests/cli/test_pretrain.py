@@ -98,8 +98,8 @@ def test_a_dry_run_knows_the_epochs_once_the_text_is_tokenised(work: Path, tmp_p
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_complete_and_says_how_to_run_it(name: str) -> None:
     config = RECIPES[name](train=("text.txt",), tokenizer=Path("tokenizer"), output=Path("out"))
-    if name.startswith("transmamba"):
-        assert config.model.model_type == "transmamba"
+    if name.startswith(("transmamba", "hybrid")):
+        assert config.model.model_type in ("transmamba", "mabert_hybrid")
         assert config.stage_lengths == (config.model.max_position_embeddings,)
     else:
         assert config.model.pattern == "MMTMMTMMTMMT"

@@ -184,7 +184,7 @@ def test_plan_and_estimate(prepared, shards):
 
 
 @pytest.mark.parametrize("name", ["transmamba_tiny", "transmamba"])
-def test_recipes(name, prepared, tmp_path):
+def test_recipes_of_transmamba(name, prepared, tmp_path):
     made = RECIPES[name](train=(str(prepared / "text.txt"),), tokenizer=prepared / "tokenizer", output=tmp_path)
     assert isinstance(made.model, TransMambaConfig)
     assert made.model.transpoints == "V9"

@@ -160,11 +160,11 @@ def builder(name: str) -> Build:
     if name in MABERTS:
         return partial(_mabert, MABERTS[name])
     pattern, _, positions = name.partition("+")
-    if len(pattern) == LAYERS and set(pattern) <= set("MT") and positions in ("", "rope"):
+    if len(pattern) == LAYERS and set(pattern) <= set("MTP") and positions in ("", "rope"):
         return partial(_mabert, {"pattern": pattern} | ({"position_embedding_type": "rope"} if positions else {}))
     raise ValueError(
         f"there is no architecture {name!r}. There are {', '.join([*MABERTS, *BASELINES, 'ModernBERT'])}, and patterns "
-        f"of {LAYERS} letters M and T."
+        f"of {LAYERS} letters M, T and P."
     )
 
 

@@ -139,7 +139,9 @@ def _findings(results: Results, kind: str) -> list[str]:
             f"At {length:,} tokens the best sequential one ({one}) recalls {first:.1%}, the best parallel one "
             f"({other}) {second:.1%}"
         )
-        if abs(first - second) <= spread + beside or abs(first - second) < 0.01:
+        if len({name[3] for name in results.of("recall") if name[1] == kind}) == 1:
+            said.append(f"{numbers}; of one seed each, which says little.")
+        elif abs(first - second) <= spread + beside or abs(first - second) < 0.01:
             said.append(f"{numbers}: no difference beyond the deviation of the seeds, or one in a hundred.")
         else:
             said.append(f"{numbers}: the {'sequential' if first > second else 'parallel'} one is better.")
