@@ -250,6 +250,23 @@ def test_sampling_several_answers_needs_no_more_than_generate():
     assert sampled.shape == (4, 11)
 
 
+def test_a_head_of_another_kind_is_called():
+    """As an adapter's, which does more than multiply with its weight."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.weight = linear, linear.weight
+
+        def forward(self, x):
+            return 2 * self.linear(x)
+
+    lm = model("hybrid")
+    lm.set_output_embeddings(Doubled(lm.lm_head))
+    evaluated = lm(ids(), labels=ids()).loss
+    torch.testing.assert_close(lm.train()(ids(), labels=ids()).loss, evaluated)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_is_that_of_each_next_token_in_its_sequence(name):
     lm, row = model(name), ids(1, 20)
@@ -268,7 +285,14 @@ def test_the_loss_is_that_of_each_next_token_in_its_sequence(name):
     few = lm(row, seq_idx=seq_idx, labels=labels, labelled_only=True)
     assert few.logits.shape == (17, 60)
     torch.testing.assert_close(few.loss, output.loss)
-    shared = lm(row, seq_idx=seq_idx, labels=labels, num_items_in_batch=34)
+    training = lm.train()(row, seq_idx=seq_idx, labels=labels)
+    assert training.logits is None
+    torch.testing.assert_close(training.loss, output.loss)
+    expected = torch.autograd.grad(few.loss, list(lm.parameters()), allow_unused=True)
+    found = torch.autograd.grad(training.loss, list(lm.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert lm(row, seq_idx=seq_idx, labels=labels, labelled_only=False).logits.shape == (1, 20, 60)
+    shared = lm.eval()(row, seq_idx=seq_idx, labels=labels, num_items_in_batch=34)
     torch.testing.assert_close(shared.loss * 2, output.loss)
 
 

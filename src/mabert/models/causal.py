@@ -28,6 +28,7 @@ from mabert.models.cache import CausalCache
 from mabert.models.encoder import IGNORED
 from mabert.models.init import init_module
 from mabert.ops import SequenceLayout
+from mabert.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class CausalLayer(GradientCheckpointingLayer):
@@ -318,11 +319,12 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
                 indices.
             num_items_in_batch: predictions of the whole (accumulated) batch; the loss is then their share of its mean,
                 sum / num_items_in_batch, otherwise the mean over this batch's predictions.
-            labelled_only: compute logits only where a label is predicted; by default while training with labels.
+            labelled_only: compute logits only where a label is predicted. By default all are, but while training with
+                labels none: the loss is made without holding them.
 
         Returns:
-            loss; logits (B, L or logits_to_keep, V), zero at pads, or (labels, V) in order when labelled_only;
-            past_key_values.
+            loss; logits (B, L or logits_to_keep, V), zero at pads, or (labels, V) in order when labelled_only, or None
+            while training with labels; past_key_values.
 
         Raises:
             ValueError: a label is outside the vocabulary, or the inputs disagree.
@@ -336,18 +338,20 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states,
             segments, memories,
         )  # fmt: skip
-        loss = None
-        if labels is not None and (labelled_only or (labelled_only is None and self.training)):
-            predicting, targets = predictions(labels, layout, self.config.vocab_size)
-            logits = at_labels = self.lm_head(x_TH[predicting])
-        else:
+        loss = logits = None
+        all_logits = not (labelled_only or (labelled_only is None and self.training))
+        if labels is None or all_logits:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(layout.repad(x_TH)[:, columns])
-            if labels is not None:
-                predicting, targets = predictions(labels, layout, self.config.vocab_size)
-                at_labels = layout.unpad(logits)[predicting]
         if labels is not None:
-            total = F.cross_entropy(at_labels.float(), targets, reduction="sum")
+            predicting, targets = predictions(labels, layout, self.config.vocab_size)
+            if logits is not None:
+                total = F.cross_entropy(layout.unpad(logits)[predicting].float(), targets, reduction="sum")
+            elif labelled_only or type(self.lm_head) is not nn.Linear:  # another one may do more than multiply
+                logits = self.lm_head(x_TH[predicting])
+                total = F.cross_entropy(logits.float(), targets, reduction="sum")
+            else:
+                total = linear_cross_entropy(x_TH[predicting], self.lm_head.weight, targets)
             loss = total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden_states)
 
