@@ -24,7 +24,7 @@ def plain(x, weight, targets):
 
 @pytest.mark.parametrize("at_once", [1, 17, 50, 2**24])
 def test_loss_and_gradients_in_any_pieces(monkeypatch, at_once):
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", at_once)
     x, weight, targets = inputs()
     for function in (linear_cross_entropy, plain):
         loss = function(x, weight, targets)
@@ -54,7 +54,7 @@ def test_autocast_is_as_good_as_that_of_the_plain_loss():
     assert errors[1][1] > 0
 
 
-def test_without_gradients_none_are_made(monkeypatch):
+def test_without_gradients_none_are_made():
     x, weight, targets = inputs()
     with torch.no_grad():
         loss = linear_cross_entropy(x, weight, targets)
@@ -85,7 +85,7 @@ def test_logits_are_never_held_all_at_once(peak_memory_of):
         measured(lambda: linear_cross_entropy(x, weight, targets).backward())
         """
     )
-    assert grown < 400 * 2**20
+    assert grown < 100 * 2**20
 
 
 @pytest.mark.parametrize("change", [{"x": torch.zeros(3)}, {"weight": torch.zeros(4, 6)}, {"targets": torch.zeros(4)}])

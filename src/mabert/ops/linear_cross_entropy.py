@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LOGITS_AT_ONCE = 2**24
-"""So many logits are held at a time, at most (or one token's)."""
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""So many logits are held at a time, at most (or one token's), by the kind of device: on a CPU as many as stay in its
+caches."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over the tokens of the cross-entropy of softmax(x weightᵀ), in at least fp32.
 
     Products run in autocast's dtype where there is one. Neither logits nor their gradients are ever held for more than
-    LOGITS_AT_ONCE entries; the gradients of x and weight are computed with the loss, and only scaled in the backward
+    so many entries; the gradients of x and weight are computed with the loss, and only scaled in the backward
     pass.
 
     Args:
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x_TH.new_zeros((), dtype=dtype)
         dx_TH = torch.empty_like(x_TH) if wants_gradients else None
         dweight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants_gradients else None
-        chunk = max(1, LOGITS_AT_ONCE // weight_VH.shape[0])
+        chunk = max(1, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cuda"]) // weight_VH.shape[0])
         with torch.autocast(device, enabled=False):
             weight = weight_VH.to(compute)
             for start in range(0, len(x_TH), chunk):
