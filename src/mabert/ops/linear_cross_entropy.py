@@ -18,9 +18,8 @@ caches."""
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over the tokens of the cross-entropy of softmax(x weightᵀ), in at least fp32.
 
-    Products run in autocast's dtype where there is one. Neither logits nor their gradients are ever held for more than
-    so many entries; the gradients of x and weight are computed with the loss, and only scaled in the backward
-    pass.
+    Products run in autocast's dtype where there is one. No more than `LOGITS_AT_ONCE` logits or gradients of logits are
+    ever held; the gradients of x and weight are computed with the loss, and only scaled in the backward pass.
 
     Args:
         x: (T, H) floating point; weight: (V, H); targets: (T,) int64 in 0 to V - 1.
