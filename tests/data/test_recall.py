@@ -95,6 +95,14 @@ def test_names_of_a_phonebook_are_told_apart():
         assert sum(tuple(context[i : i + 2]) == cue for i in range(len(context))) == 1
 
 
+def test_neither_name_alone_tells_a_number():
+    made = task("phonebook", 16, 16 * 6 + 40, place="early")
+    context = made.sample(0, 0).ids[1 : 1 + 16 * 6].reshape(16, 6)
+    for name in context[:, 0], context[:, 1]:
+        assert len(set(name.tolist())) <= 8, "names of several persons"
+    assert len({tuple(name) for name in context[:, :2].tolist()}) == 16
+
+
 def test_the_passkey_stands_once():
     sample = task("passkey", 1, 120).sample(0, 0)
     assert (sample.ids[: sample.questions_begin] == MARK).sum() == 1
@@ -137,7 +145,7 @@ def test_a_row_can_be_as_short_as_the_facts_allow(kind):
         ({"place": "end"}, "place='end' is not one of early, middle, late, spread"),
         ({"pairs": 0}, "pairs=0 must be at least 1"),
         ({"kind": "passkey", "pairs": 2}, "a text holds one passkey"),
-        ({"pairs": 30, "length": 400, "vocab_size": 100}, "takes a vocabulary of at least 124 tokens"),
+        ({"pairs": 30, "length": 400, "vocab_size": 100}, "takes a vocabulary of at least 134 tokens"),
         ({"pairs": 100, "length": 128}, r"100 facts of mqar and their questions take at least 501 tokens"),
     ],
 )
@@ -194,15 +202,41 @@ def test_a_language_that_is_too_small_is_refused(language):
     with pytest.raises(ValueError, match="is shorter than a row of 96"):
         task(vocab_size=60).sample(0, 0, Language(spoken.words, spoken.text[:50]))
     poor = train_tokenizer(["a b c"] * 3, vocab_size=30)
-    with pytest.raises(ValueError, match="the tokenizer has 0 whole words"):
+    with pytest.raises(ValueError, match="the text has 0 words of more than three letters that are one token"):
         Language.of(poor, spoken.text)
 
 
-def test_words_stand_for_digits_where_there_are_none(language):
+def test_words_are_those_that_the_text_has_whole(language):
+    tokenizer, spoken = language
+    vocabulary = tokenizer.get_vocab()
+    whole = sorted({token for token in vocabulary if token.isalpha() and len(token) > 3})
+    (goes_on, *_) = (id for token, id in vocabulary.items() if token.startswith("##"))
+    longer = np.array([[vocabulary[word], goes_on] for word in ("catness", "horseburn")]).flatten()
+    others = np.array([vocabulary[word] for word in whole if word not in ("catness", "horseburn")])
+    rest = np.append(others, spoken.words[:FIRST])
+    words = set(tokenizer.convert_ids_to_tokens(Language.of(tokenizer, np.append(longer, rest)).words.tolist()))
+    assert "fishton" in words
+    assert not words & {"catness", "horseburn"}, "these are beginnings of longer ones"
+
+
+def test_no_real_text_repeats_what_is_asked_for(language):
     _, spoken = language
+    for kind in KINDS:
+        made = task(kind, 1 if kind == "passkey" else 3, 64, vocab_size=60)
+        for index in range(20):
+            sample, own = made.sample(0, index, spoken), made.sample(0, index)
+            context = Counter(sample.ids[: sample.questions_begin].tolist())
+            assert context[spoken.words[QUESTION]] == 0
+            asked, _ = facts_and_questions(made, own)
+            for cue, _ in asked:
+                if kind != "phonebook":  # whose facts share their names
+                    assert context[spoken.words[cue[0]]] == 1
+
+
+def test_words_stand_for_digits_where_there_are_none():
     words = " ".join(chr(97 + a) + chr(97 + b) + "ster" for a in range(10) for b in range(10))
     plain = train_tokenizer([words], vocab_size=400, min_frequency=1)
-    made = Language.of(plain, spoken.text)
+    made = Language.of(plain, np.array(plain(words).input_ids[1:-1]))
     tokens = plain.convert_ids_to_tokens(made.words[FIRST:].tolist())
     assert all(token.isalpha() for token in tokens)
     assert len(set(tokens)) == len(tokens)

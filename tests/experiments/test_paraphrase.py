@@ -1,6 +1,7 @@
 """Continual training on paraphrases: what is trained on, what is measured, and that a planted gain is found."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,11 +51,11 @@ def test_recall_and_gains_are_measured_before_and_after(made):
     for result in (before, after):
         assert result["recall"].keys() == {"mqar", "phonebook", "passkey"}
         assert result["gains"].keys() == {"paraphrase", "verbatim"}
+        assert result["held_out_loss"] > 0
         assert result["gains"]["verbatim"]["gain"] == pytest.approx(
             result["gains"]["verbatim"]["alone"] - result["gains"]["verbatim"]["behind"]
         )
-    assert after["tokens"] == 2 * 2 * 64
-    assert after["held_out_loss"] > 0
+    assert after["tokens"] == 2 * 2 * 128
     config = content(made, made[1][1])["config"]
     assert config["augmentation"]["ratio"] == 0.25
     assert config["pairs"].keys() == {"generated"}
@@ -137,5 +138,6 @@ def test_scales_that_cannot_be_are_refused(changes, message):
         ParaphraseScale(**changes)
 
 
-def test_the_scale_of_the_tests_is_small():
-    assert SECONDS.paraphrase.words <= 2_000
+def test_rows_too_short_for_the_questions_are_refused():
+    with pytest.raises(ValueError, match="facts of mqar and their questions take at least"):
+        replace(SECONDS, paraphrase=replace(SECONDS.paraphrase, pairs=8))

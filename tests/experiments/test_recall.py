@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny_experiments import QUIET, SECONDS, suite
 
-from mabert.data.recall import PLACES
+from mabert.data.recall import PLACES, RecallTask
 from mabert.experiments.catalogue import cells_of
 from mabert.experiments.causal_architectures import HYBRIDS
 from mabert.experiments.cells import CellStore, run_cells
@@ -17,20 +17,32 @@ from mabert.models.causal import MEMORIES
 SCALE = replace(
     SECONDS,
     recall=RecallScale(
-        hidden_size=16, intermediate_size=64, vocab_size=128, lengths=(48,), steps=3, batch_size=4, seeds=2, eval_rows=8
+        hidden_size=16,
+        intermediate_size=64,
+        vocab_size=128,
+        lengths=(32, 48),
+        pairs=(3, 8),
+        steps=3,
+        batch_size=4,
+        seeds=2,
+        eval_rows=8,
     ),
 )
 
 
 def test_every_architecture_task_length_and_seed_is_a_cell():
     names = [cell.name for cell in Recall(SCALE, QUIET).cells()]
-    assert len(names) == len(set(names)) == len(HYBRIDS) * 3 * 1 * 2
-    assert "recall/parallel-merge-attention/phonebook/48/1" in names
+    assert len(names) == len(set(names)) == len(HYBRIDS) * (3 + 2 + 2) * 2
+    assert "recall/parallel-merge-attention/phonebook@3/48/1" in names
+    assert "recall/sequential/mqar@8/48/0" in names
+    assert "recall/sequential/mqar@8/32/0" not in names, "no room for so many"
+    assert "recall/sequential/passkey/32/0" in names
 
 
 def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
     store = CellStore(tmp_path / "results", tmp_path / "work")
-    cell = Recall(SCALE, QUIET).cell("sequential", "mqar", 48, 1)
+    task = RecallTask(kind="mqar", length=48, pairs=3, vocab_size=128)
+    cell = Recall(SCALE, QUIET).cell("sequential", "mqar@3", task, 1)
     run_cells([cell], store, console=QUIET)
     content = json.loads(store.path(cell).read_text())
     assert content["config"]["task"] == {
@@ -59,17 +71,20 @@ def test_hybrids_share_the_references_of_transmamba(tmp_path):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_can_ask_what_it_plans(scale):
     recall = SCALES[scale]().recall
-    for kind in recall.kinds:
-        for length in recall.lengths:
-            assert recall.task(kind, length).least_length <= length
+    asked = {(task.kind, task.length) for _, task in recall.settings()}
+    assert asked == {(kind, length) for kind in recall.kinds for length in recall.lengths}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 3}, "recall.layers=3 must be even"),
+        ({"layers": 5}, "recall.layers=5 must be even and at least 4"),
+        ({"layers": 2}, "recall.layers=2 must be even and at least 4"),
         ({"steps": 0}, "recall.steps=0 must be at least 1"),
-        ({"tokens_per_pair": 4}, "facts of mqar and their questions take at least"),
+        (
+            {"lengths": (64, 16)},
+            "recall: rows of 16 tokens have no room for mqar with any of pairs=.4, 16.: give fewer",
+        ),
         ({"kinds": ("mqar", "needle")}, "there is no recall task 'needle'"),
     ],
 )

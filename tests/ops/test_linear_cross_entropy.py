@@ -25,6 +25,7 @@ def plain(x, weight, targets):
 @pytest.mark.parametrize("at_once", [1, 17, 50, 2**24])
 def test_loss_and_gradients_in_any_pieces(monkeypatch, at_once):
     monkeypatch.setitem(module.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(module, "LEAST_TOKENS", 1)
     x, weight, targets = inputs()
     for function in (linear_cross_entropy, plain):
         loss = function(x, weight, targets)
@@ -85,7 +86,7 @@ def test_logits_are_never_held_all_at_once(peak_memory_of):
         measured(lambda: linear_cross_entropy(x, weight, targets).backward())
         """
     )
-    assert grown < 100 * 2**20
+    assert grown < 150 * 2**20
 
 
 @pytest.mark.parametrize("change", [{"x": torch.zeros(3)}, {"weight": torch.zeros(4, 6)}, {"targets": torch.zeros(4)}])

@@ -213,11 +213,12 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
         for text in ("before", "none", "paraphrase@25", "verbatim@25"):
             score = {"accuracy": rng.uniform(0, 0.3), "loss": rng.uniform(3, 6)}
             result = {
+                "held_out_loss": rng.gauss(4.2, 0.1),
                 "recall": dict.fromkeys(RECALL_KINDS, score),
                 "gains": {name: {"gain": rng.uniform(0, 1)} for name in GAINS},
             }
             if text != "before":
-                result |= {"tokens": 1_000_000, "held_out_loss": rng.gauss(4.2, 0.1)}
+                result["tokens"] = 1_000_000
             put(folder, f"paraphrase/{model}/{text}/0", result)
     for cell in Recall(scale, Console(quiet=True)).cells():
         accuracy = min(1.0, max(0.0, rng.gauss(0.7, 0.1)))

@@ -25,7 +25,7 @@ PAD, BEGIN, QUESTION, MARK = 0, 1, 2, 3
 FIRST = 4
 """The first id of a word."""
 DIGITS = 10
-LEAST_WORDS = 64
+LEAST_WORDS = 70
 PHRASE = 12  # words in the text of `passkey`, which is said again and again
 
 
@@ -98,7 +98,7 @@ class RecallTask:
     def least_vocabulary(self) -> int:
         """Tokens that so many different facts take."""
         if self.kind == "mqar":
-            return FIRST + 4 * self.pairs  # a quarter each for keys and values, the rest stands between
+            return FIRST + DIGITS + 4 * self.pairs  # a quarter each for keys and values, the rest stands between
         return FIRST + DIGITS + 2 * max(self.pairs, PHRASE)
 
     def sample(self, seed: int, index: int, language: "Language | None" = None) -> "RecallSample":
@@ -117,7 +117,8 @@ class RecallTask:
         if language is not None:
             language.check(self)
             facts, questions = ([language.words[part] for part in parts] for parts in (facts, questions))
-            between = language.text_at(rng, room)
+            asked_by = language.words[np.unique(np.concatenate((cues.flatten(), [MARK, QUESTION])))]
+            between = language.text_at(rng, room, without=asked_by)
         context = self._laid_out(rng, facts, between)
         begin = [BEGIN if language is None else language.words[BEGIN]]
         ids = np.concatenate((begin, context, *questions)).astype(np.int64)
@@ -126,20 +127,23 @@ class RecallTask:
 
     def _words(self, rng: np.random.Generator):
         """Cues (pairs, cue), answers (pairs, answer), and a function that gives so many tokens to stand between."""
-        words = np.arange(FIRST, self.vocab_size)
+        digits, others = np.arange(FIRST, FIRST + DIGITS), np.arange(FIRST + DIGITS, self.vocab_size)
         if self.kind == "mqar":
-            quarter = len(words) // 4
-            keys, values, others = words[:quarter], words[quarter : 2 * quarter], words[2 * quarter :]
+            keys, values, *rest = np.array_split(others, 4)
+            others = np.concatenate(rest)
             cues = rng.choice(keys, self.pairs, replace=False)[:, None]
             return cues, rng.choice(values, (self.pairs, 1)), lambda n: rng.choice(others, n)
-        digits, others = words[:DIGITS], words[DIGITS:]
         answers = rng.choice(digits, (self.pairs, self.shape.answer))
         if self.kind == "passkey":
             phrase = rng.choice(others, PHRASE)
             return np.full((1, 1), MARK), answers, lambda n: np.resize(phrase, n)
-        half = len(others) // 2
-        first, last = rng.choice(others[:half], self.pairs), rng.choice(others[half:], self.pairs, replace=False)
-        return np.stack((first, last), axis=1), answers, lambda n: rng.choice(others, n)
+        # few names of each kind, so that neither the first nor the last one tells whose number it is
+        firsts, lasts = np.array_split(others, 2)
+        some = max(2, -(-self.pairs // 2))
+        firsts, lasts = rng.choice(firsts, some, replace=False), rng.choice(lasts, some, replace=False)
+        chosen = rng.permutation(some * some)[: self.pairs]
+        names = np.stack((firsts[chosen // some], lasts[chosen % some]), axis=1)
+        return names, answers, lambda n: rng.choice(others, n)
 
     def _laid_out(self, rng: np.random.Generator, facts: list[np.ndarray], filler: np.ndarray) -> np.ndarray:
         """Facts and filler in one row, the facts at their place."""
@@ -169,18 +173,23 @@ class Language:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, text: np.ndarray, seed: int = 0) -> "Language":
-        """Digits as digits, where the vocabulary has them, whole words of letters as words in an order of the seed, and
-        this text.
+        """Digits as digits, where the vocabulary has them, words of the text that are one token as words, in an order
+        of the seed, and this text.
 
         Raises:
-            ValueError: the vocabulary has few words.
+            ValueError: the text has few such words.
         """
         vocabulary = tokenizer.get_vocab()
         special = set(tokenizer.all_special_ids)
-        whole = sorted(id for word, id in vocabulary.items() if word.isalpha() and len(word) > 3 and id not in special)
+        # a token that a continuation follows is a beginning of a word, and no word
+        goes_on = {id for token, id in vocabulary.items() if token.startswith("##")}
+        ends_here = ~np.isin(np.append(text[1:], -1), list(goes_on))
+        spoken = set(np.unique(text[ends_here]).tolist()) - special
+        whole = sorted(id for word, id in vocabulary.items() if word.isalpha() and len(word) > 3 and id in spoken)
         if len(whole) < LEAST_WORDS:
             raise ValueError(
-                f"the tokenizer has {len(whole)} whole words of more than three letters: recall takes {LEAST_WORDS}."
+                f"the text has {len(whole)} words of more than three letters that are one token: recall takes "
+                f"{LEAST_WORDS}."
             )
         words = np.random.default_rng(seed).permutation(whole)
         digits = [vocabulary[str(digit)] for digit in range(DIGITS) if str(digit) in vocabulary]
@@ -197,10 +206,12 @@ class Language:
         if task.length > len(self.text):
             raise ValueError(f"the text of {len(self.text)} tokens is shorter than a row of {task.length}.")
 
-    def text_at(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        """So many tokens of the text, from anywhere on."""
+    def text_at(self, rng: np.random.Generator, length: int, without: np.ndarray) -> np.ndarray:
+        """So many tokens of the text, from anywhere on; other words in the place of those that it must not hold."""
         start = int(rng.integers(0, len(self.text) - length + 1))
-        return self.text[start : start + length]
+        text = self.text[start : start + length]
+        others = np.setdiff1d(self.words[FIRST + DIGITS :], without)
+        return np.where(np.isin(text, without), rng.choice(others, length), text)
 
 
 @dataclass(frozen=True)

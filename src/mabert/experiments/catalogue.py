@@ -1,5 +1,6 @@
 """Every experiment as the list of its cells. Cells that several of them share are computed once."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from mabert.experiments.pretraining import Pretraining
 from mabert.experiments.recall import Recall
 from mabert.experiments.scales import Scale
 from mabert.experiments.transpoints import TransPoints
+
+logger = logging.getLogger(__name__)
 
 PATTERN = "MMTMMTMMTMMT"
 # CHOICE: Tables 3 and B4 with both convolutions, since the text leaves open which one the paper's model has
@@ -88,9 +91,11 @@ class Suite:
         return TransPoints(self.pretraining.sources, self.pretraining.work, self.pretraining.console)
 
     def all(self) -> Iterator[Cell]:
-        """Everything."""
+        """Everything that there are data for."""
         for name in EXPERIMENTS:
-            if name != "all":
+            if name == "paraphrase" and not self.pretraining.sources.has_pairs:
+                logger.warning("paraphrase is left out: %s has no folder paraphrase/", self.pretraining.sources.data)
+            elif name != "all":
                 yield from EXPERIMENTS[name](self)
 
     def _scored(self, names: Iterable[str], budget: float = 1.0) -> Iterator[Cell]:

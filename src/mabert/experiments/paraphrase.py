@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mabert.data.corpus import iter_documents
+from mabert.data.next_token import NextTokenDataset
 from mabert.data.paraphrase import Augmentation, Pair
-from mabert.data.recall import KINDS, Language, RecallTask
+from mabert.data.recall import Language
+from mabert.data.rows import Rows
 from mabert.data.shards import Shards
 from mabert.data.tokenizer import load_tokenizer
 from mabert.experiments.cells import Cell
@@ -26,10 +28,11 @@ from mabert.experiments.sources import Sources
 from mabert.experiments.transpoints import TransPoints
 from mabert.files import atomic_write, digest
 from mabert.inference.loading import load_model
+from mabert.training.held_out import evaluate_held_out
 from mabert.training.pretrain import PretrainConfig, pretrain
 from mabert.training.recall import evaluate_recall
 
-VOCABULARY = 100  # words of the recall tasks
+WORDS_A_TOKEN = 0.7  # about, of WordPiece: the text suffices for the steps about once
 GAINS = {"paraphrase": (0, 1), "verbatim": (0, 0)}
 """What a passage is to help with: predicting its paraphrase, and predicting itself."""
 
@@ -94,7 +97,7 @@ class Paraphrase:
             config=self._config(pretrained)
             | {
                 "augmentation": asdict(augmentation),
-                "words": scale.words,
+                "words": self._words,
                 "steps": scale.steps,
                 "learning_rate": scale.learning_rate,
                 "seed": seed,
@@ -103,6 +106,12 @@ class Paraphrase:
             needs=(pretrained,),
             scratch=output,
         )
+
+    @property
+    def _words(self) -> int:
+        """Of the text that is trained on."""
+        causal = self.models.scale
+        return round(WORDS_A_TOKEN * self.scale.steps * causal.batch_size * causal.length)
 
     def _config(self, pretrained: Cell) -> dict[str, Any]:
         return {
@@ -124,7 +133,7 @@ class Paraphrase:
         plain = list(iter_documents(self.sources.texts("train")))
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(text, "w") as file:
-            documents = seeded.mixed(train, _pieces(plain), scale.words)
+            documents = seeded.mixed(train, _pieces(plain), self._words)
             file.write("\n\n".join(" ".join(document.split()) for document in documents) + "\n")
         result = pretrain(
             PretrainConfig(
@@ -153,7 +162,7 @@ class Paraphrase:
             ),
             console=self.console,
         )
-        return {"tokens": result.tokens, "held_out_loss": result.held_out_loss} | self._measured(output / "run")
+        return {"tokens": result.tokens} | self._measured(output / "run")
 
     def _measured(self, folder: Path) -> dict[str, Any]:
         """Recall in the tokens of the tokenizer, what a passage helps, and the weights that it is about."""
@@ -163,14 +172,27 @@ class Paraphrase:
         shards = Shards(self.sources.shards / "valid", tokenizer)
         language = Language.of(tokenizer, np.asarray(shards.tokens(0, min(shards.n_tokens, 200_000)), np.int64))
         recall = {}
-        for kind in KINDS:
-            pairs = 1 if kind == "passkey" else scale.pairs
-            task = RecallTask(kind=kind, length=causal.length // 4, pairs=pairs, vocab_size=VOCABULARY)
-            recall[kind] = asdict(evaluate_recall(model, task, scale.eval_rows, language=language, batch_size=16))
+        for task in self.sources.scale.asked_in_words():
+            score = evaluate_recall(model, task, scale.eval_rows, language=language, batch_size=16)
+            recall[task.kind] = asdict(score)
         _, held_out = self.sources.pairs()
         chosen = held_out[: scale.eval_rows]
         gains = {name: gain(model, tokenizer, chosen, first, then) for name, (first, then) in GAINS.items()}
-        return {"recall": recall, "gains": gains, "weights": digest(folder / SAFE_WEIGHTS_NAME)}
+        rows = NextTokenDataset([Rows(shards, causal.length, "full-sentences")])
+        held = evaluate_held_out(
+            model,
+            rows,
+            [(0, 0, index) for index in range(min(causal.eval_rows, len(rows)))],
+            batch_size=causal.micro_batch_size,
+            special_ids=None,
+            device=model.device,
+        )
+        return {
+            "held_out_loss": held.loss,
+            "recall": recall,
+            "gains": gains,
+            "weights": digest(folder / SAFE_WEIGHTS_NAME),
+        }
 
 
 def label(augmentation: Augmentation) -> str:

@@ -1,12 +1,13 @@
 """The sizes at which the experiments run: one set of choices each, everything else is the same code."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mabert.causal_config import TRANSPOINTS
 from mabert.config import FUSIONS, MaBertConfig
 from mabert.data.paraphrase import Augmentation
-from mabert.data.recall import RecallTask
+from mabert.data.recall import KINDS, RecallTask
 
 PATTERNS = (
     "MMMMMMMMMMMM",
@@ -19,6 +20,9 @@ PATTERNS = (
     "TTMTTMTTMTTM",
 )
 """The eight of Table 1."""
+
+WORDS = 72
+"""Ids of a recall task that is asked in the words of a tokenizer."""
 
 HYBRID_NAMES = (
     "Transformer",
@@ -81,14 +85,15 @@ class RecallScale:
     hidden_size: int = 64
     num_attention_heads: int = 2
     intermediate_size: int = 256
-    layers: int = 2
-    """Mixers of a model; a layer that has two counts twice."""
+    layers: int = 4
+    """Mixers of a model; a layer that has two counts twice. Recall takes two layers at least: one that tells a value
+    which key stood before it, and one that finds it."""
     vocab_size: int = 1024
 
     kinds: tuple[str, ...] = ("mqar", "phonebook", "passkey")
     lengths: tuple[int, ...] = (64, 128, 256, 512)
-    tokens_per_pair: int = 16
-    """Of a row, for each fact in it."""
+    pairs: tuple[int, ...] = (4, 16)
+    """Facts in a row, as far as they find room."""
     steps: int = 5_000
     batch_size: int = 64
     learning_rate: float = 2e-3
@@ -99,23 +104,34 @@ class RecallScale:
         for name in ("steps", "batch_size", "seeds", "eval_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1.")
-        if self.layers % 2:
+        if self.layers < 4 or self.layers % 2:
             raise ValueError(
-                f"recall.layers={self.layers} must be even: half of the models have two mixers in a layer."
+                f"recall.layers={self.layers} must be even and at least 4: half of the models have two mixers in a "
+                "layer, and one layer cannot recall."
             )
+        asked = {(task.kind, task.length) for _, task in self.settings()}
         for kind in self.kinds:
             for length in self.lengths:
-                self.task(kind, length)
+                if (kind, length) not in asked:
+                    raise ValueError(
+                        f"recall: rows of {length} tokens have no room for {kind} with any of pairs={self.pairs}: give "
+                        "fewer facts or longer rows."
+                    )
 
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
         return max(self.lengths)
 
-    def task(self, kind: str, length: int, place: str = "spread") -> RecallTask:
-        """One setting of a task: as many facts as go with the length."""
-        pairs = 1 if kind == "passkey" else max(1, length // self.tokens_per_pair)
-        return RecallTask(kind=kind, length=length, pairs=pairs, place=place, vocab_size=self.vocab_size)
+    def settings(self) -> Iterator[tuple[str, RecallTask]]:
+        """Each kind with each number of facts at each length that has room for them; what the first two are called."""
+        for kind in self.kinds:
+            for pairs in (1,) if kind == "passkey" else self.pairs:
+                label = kind if kind == "passkey" else f"{kind}@{pairs}"
+                for length in self.lengths:
+                    longest = RecallTask(kind=kind, length=10**9, pairs=pairs, vocab_size=self.vocab_size)
+                    if longest.least_length <= length:
+                        yield label, replace(longest, length=length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +145,6 @@ class ParaphraseScale:
     orders: tuple[str, ...] = ("passage-first", "paraphrase-first")
     """Of paraphrases at the middle ratio; everything else takes the first one."""
     gap: tuple[int, int] = (0, 30)
-    words: int = 1_000_000
-    """Of the text that is trained on."""
     steps: int = 500
     learning_rate: float = 2e-4
     seeds: int = 3
@@ -139,7 +153,7 @@ class ParaphraseScale:
     """Facts in a row of the recall tasks."""
 
     def __post_init__(self) -> None:
-        for name in ("words", "steps", "seeds", "eval_rows", "pairs"):
+        for name in ("steps", "seeds", "eval_rows", "pairs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"paraphrase.{name}={getattr(self, name)} must be at least 1.")
         for kind in self.kinds:
@@ -216,8 +230,22 @@ class Scale:
         for name in ("stage_lengths", "budgets", "patterns", "tasks", "learning_rates", "batch_sizes", "epochs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give at least one.")
+        for task in self.asked_in_words():
+            assert task.vocab_size <= WORDS
         if self.efficiency_scale not in SCALES:
             raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(SCALES)}.")
+
+    def asked_in_words(self) -> list[RecallTask]:
+        """What `paraphrase` asks of a model in the words of its tokenizer, in rows of a quarter of its length.
+
+        Raises:
+            ValueError: there is no room for so many facts.
+        """
+        length, pairs = self.causal.length // 4, self.paraphrase.pairs
+        return [
+            RecallTask(kind=kind, length=length, pairs=1 if kind == "passkey" else pairs, vocab_size=WORDS)
+            for kind in KINDS
+        ]
 
     def model_size(self) -> dict[str, int]:
         """The fields of `MaBertConfig` that say how large a model is."""
@@ -294,7 +322,6 @@ def tiny() -> Scale:
             models=("sequential",),
             ratios=(0.25,),
             orders=("passage-first",),
-            words=20_000,
             steps=20,
             seeds=1,
             eval_rows=32,
@@ -347,7 +374,7 @@ def cpu() -> Scale:
         ),
         recall=RecallScale(vocab_size=256, kinds=("mqar",), lengths=(64, 128), steps=1_500, batch_size=32, seeds=2),
         paraphrase=ParaphraseScale(
-            models=("sequential",), ratios=(0.25,), orders=("passage-first",), words=600_000, steps=100, seeds=1
+            models=("sequential",), ratios=(0.25,), orders=("passage-first",), steps=100, seeds=1
         ),
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +36,8 @@ class Sources:
     Args:
         scale: how much of it is taken.
         work: folder for what is made of it: the text as it was cut, the tokenizer, the token ids.
-        data: folder with `text/*.train.txt*`, `text/*.valid.txt*` and `glue/<task>/`; without it, text and one task
-            are generated.
+        data: folder with `text/*.train.txt*`, `text/*.valid.txt*`, `glue/<task>/` and, for some experiments,
+            `paraphrase/*.tsv*`; without it, text, one task and paraphrases are generated.
     """
 
     scale: Scale
@@ -136,10 +137,19 @@ class Sources:
         return "CoLA dev", load_glue(self.data / "glue", "CoLA")["dev"].texts[:rows]
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        """Passages with their paraphrases, to train on and held out: every tenth."""
+        """Passages with their paraphrases, to train on, and held out, in a random order: every tenth, without those of
+        which a text is trained on."""
         made = generated.paraphrases(1_000, GENERATED_SEED) if self.data is None else None
         pairs = made or read_pairs(self._pair_files())
-        return [pair for n, pair in enumerate(pairs) if n % 10], pairs[::10]
+        train = [pair for n, pair in enumerate(pairs) if n % 10]
+        read = {text for pair in train for text in pair}
+        held_out = [pair for pair in pairs[::10] if not read & set(pair)]
+        return train, random.Random(GENERATED_SEED).sample(held_out, len(held_out))
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there are paraphrases, or they are generated."""
+        return self.data is None or (self.data / "paraphrase").is_dir()
 
     def pairs_identity(self) -> dict[str, str]:
         """What the pairs are, for a cell's config."""

@@ -136,7 +136,7 @@ class MergeAttention(nn.Module):
         self.query_proj = nn.Linear(width, width, bias=False)
         self.key_value_proj = nn.Linear(width, 2 * width, bias=False)
         # CHOICE: without rotary positions, since both branches know where they are
-        self.attention = Attention(config, is_causal=is_causal)
+        self.attention = Attention(config, is_causal=is_causal, window=getattr(config, "sliding_window", None))
         self.out_proj = nn.Linear(width, width, bias=False)
 
     def forward(

@@ -81,7 +81,7 @@ class CausalPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias"]  # noqa: RUF012
 
     def __init__(self, config: CausalConfig):
         super().__init__(config)
@@ -197,7 +197,7 @@ class CausalModel(CausalPreTrainedModel):
             ValueError: the inputs disagree.
         """
         check_ignored(kwargs)
-        cache = self.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q)
+        cache = self.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q, segments)
         x, layout, hidden_states = self.run(
             input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states,
             segments, memories,
@@ -212,9 +212,10 @@ class CausalModel(CausalPreTrainedModel):
         use_cache: bool | None,
         seq_idx: Tensor | None,
         cu_seq_lens: Tensor | None,
+        segments: Tensor | None,
     ) -> CausalCache | None:
         """The given cache, or a new one where one is wanted."""
-        is_packed = seq_idx is not None or cu_seq_lens is not None
+        is_packed = not (seq_idx is None and cu_seq_lens is None and segments is None)
         if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
             raise ValueError(
                 "Gradient checkpointing reads the tokens twice, which a cache would remember twice: leave the cache "
@@ -225,7 +226,9 @@ class CausalModel(CausalPreTrainedModel):
         if past_key_values is None and not use_cache:
             return None
         if is_packed:
-            raise ValueError("A cache remembers rows, not several sequences in one: leave out seq_idx, or the cache.")
+            raise ValueError(
+                "A cache remembers rows, not several sequences or segments in one: leave those out, or the cache."
+            )
         if past_key_values is None:
             return CausalCache(len(self.layers))
         if not isinstance(past_key_values, CausalCache):
@@ -333,7 +336,7 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not keeps_all:
             raise ValueError("labels need the logits of all columns: leave logits_to_keep out.")
-        cache = self.model.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q)
+        cache = self.model.cache(past_key_values, use_cache, seq_idx, cu_seq_lens_q, segments)
         x_TH, layout, hidden_states = self.model.run(
             input_ids, attention_mask, position_ids, inputs_embeds, seq_idx, cu_seq_lens_q, cache, output_hidden_states,
             segments, memories,
@@ -347,7 +350,7 @@ class CausalForLM(CausalPreTrainedModel, GenerationMixin):
             predicting, targets = predictions(labels, layout, self.config.vocab_size)
             if logits is not None:
                 total = F.cross_entropy(layout.unpad(logits)[predicting].float(), targets, reduction="sum")
-            elif labelled_only or type(self.lm_head) is not nn.Linear:  # another one may do more than multiply
+            elif labelled_only or not only_multiplies(self.lm_head):
                 logits = self.lm_head(x_TH[predicting])
                 total = F.cross_entropy(logits.float(), targets, reduction="sum")
             else:
@@ -404,6 +407,11 @@ def confined(layout: SequenceLayout, segments_BL: Tensor | None, memories: str) 
     if memories == "both" or segments_BL is None:
         raise ValueError(f"memories={memories!r} and segments go together: a probe needs what to confine, and to what.")
     return layout.confined(segments_BL, **MEMORIES[memories])
+
+
+def only_multiplies(head: nn.Module) -> bool:
+    """Whether a head is its weight and nothing else, as an adapter's is not."""
+    return type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
 
 
 def predictions(labels_BL: Tensor, layout: SequenceLayout, vocab_size: int) -> tuple[Tensor, Tensor]:

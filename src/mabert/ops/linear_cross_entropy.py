@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""So many logits are held at a time, at most (or one token's), by the kind of device: on a CPU as many as stay in its
-caches."""
+"""So many logits are held at a time, at most, by the kind of device: on a CPU as many as stay in its caches."""
+LEAST_TOKENS = 256
+"""At least so many tokens' at a time: for each piece the whole gradient of the weight is added up once."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x_TH.new_zeros((), dtype=dtype)
         dx_TH = torch.empty_like(x_TH) if wants_gradients else None
         dweight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants_gradients else None
-        chunk = max(1, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cuda"]) // weight_VH.shape[0])
+        chunk = max(LEAST_TOKENS, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cuda"]) // weight_VH.shape[0])
         with torch.autocast(device, enabled=False):
             weight = weight_VH.to(compute)
             for start in range(0, len(x_TH), chunk):
@@ -60,7 +61,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
                 dlogits = dlogits_CV.to(compute)
                 dx_TH[start : start + chunk] = dlogits @ weight
-                dweight_VH += dlogits.T @ x_CH
+                if compute == dtype:
+                    dweight_VH.addmm_(dlogits.T, x_CH)
+                else:
+                    dweight_VH += dlogits.T @ x_CH
         ctx.save_for_backward(dx_TH, None if dweight_VH is None else dweight_VH.to(weight_VH.dtype))
         return loss
 

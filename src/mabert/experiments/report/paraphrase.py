@@ -40,15 +40,15 @@ def _table(results: Results, model: str) -> Table:
     for text in texts:
         names = [f"paraphrase/{model}/{text}/{seed}" for seed in ([0] if text == BEFORE else seeds)]
         wanted += names
-        loss = results.measure([f"causal/{model}/0"], _held_out) if text == BEFORE else results.measure(names, _loss)
+        loss = results.measure(names, _loss)
         rows.append(Row(text, [entry(loss), *(entry(results.measure(names, value), form) for value, form in values)]))
     records = results.found(wanted)
     tokens = sorted({int(record.at("tokens")) for record in records if "tokens" in record.result})
     caption = (
         f"{at_scale(results)}; {' or '.join(f'{n:,}' for n in tokens) or 'no'} tokens of continual training; "
-        f"{counted([len(seeds)], 'seed')}. Recall is asked in words of the vocabulary with real text between, in rows "
-        "of a quarter of the length. Gain: how much better a held-out paraphrase, or passage, is predicted behind its "
-        "passage than at the beginning."
+        f"{counted([len(seeds)], 'seed')} of it, from one checkpoint. Recall is asked in words of the vocabulary with "
+        "real text between, in rows of a quarter of the length. Gain: how much better a held-out paraphrase, or "
+        "passage, is predicted behind its passage than at the beginning."
     )
     notes = ["Numbers behind a kind of text: its share of the words, in percent."]
     return Table(f"Paraphrases · {model}", caption, columns, rows, wanted, notes, head="text")
@@ -64,7 +64,3 @@ def _gain(name: str) -> Callable[[Record], float]:
 
 def _loss(record: Record) -> float:
     return record.at("held_out_loss")
-
-
-def _held_out(record: Record) -> float:
-    return record.at("held_out")[0]["loss"]

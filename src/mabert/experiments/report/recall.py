@@ -13,10 +13,10 @@ from mabert.models.causal import MEMORIES
 
 ABOUT = (
     "Attention and a state space (Mamba-2) one after the other in a layer, or side by side and fused, beside each "
-    "alone: as many mixers in all, and as many parameters outside the embeddings. Of the paper (arXiv 2510.26912) "
-    "its abstract is known to us, not its sizes, tasks or numbers: these settings are ours. It finds sequential "
-    "hybrids better on shorter contexts, parallel ones on longer, and fusion by attention to recall best. What "
-    "was found here stands below the figure."
+    "alone: as many mixers in all (half the layers where a layer has two), and as many parameters outside the "
+    "embeddings. Of the paper (arXiv 2510.26912) its abstract is known to us, not its sizes, tasks or numbers: these "
+    "settings are ours. It finds sequential hybrids better on shorter contexts, parallel ones on longer, and fusion by "
+    "attention to recall best. What was found here stands below the figure."
 )
 PROBES = {
     "both": "as it is",
@@ -136,8 +136,8 @@ def _findings(results: Results, kind: str) -> list[str]:
                     best[family] = (model, mean, spread or 0.0)
         (one, first, spread), (other, second, beside) = best["sequential"], best["parallel"]
         numbers = (
-            f"At {length:,} tokens the best sequential one ({one}) recalls {first:.1%}, the best parallel one "
-            f"({other}) {second:.1%}"
+            f"At {length:,} tokens the best of 2 sequential ones ({one}) recalls {first:.1%}, the best of "
+            f"{len(families['parallel'])} parallel ones ({other}) {second:.1%}, each chosen on the same rows"
         )
         if len({name[3] for name in results.of("recall") if name[1] == kind}) == 1:
             said.append(f"{numbers}; of one seed each, which says little.")
