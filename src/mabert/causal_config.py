@@ -170,8 +170,9 @@ class HybridConfig(CausalConfig):
         ssm: `"mamba2"` or `"mamba1"`.
         fusion: what makes one output of the two branches of a `P` layer: `"mean"` of their norms, `"gate"` from the
             layer's input, `"merge-attention"` (queries from attention, keys and values from the SSM, or
-            `"merge-attention-swapped"`), `"scaled"` or `"concat"`.
-        sliding_window: tokens that a token attends to, its own included; None for all before it.
+            `"merge-attention-swapped"`), `"scaled"` or `"concat"`. Other layers have no use for it.
+        sliding_window: tokens that a token attends to, its own included; None for all before it. Of use where layers
+            attend: all but `M`.
         state_size: N, of the SSM.
         expand: the width of the SSM's recurrence, in hidden sizes.
         mamba_head_size: width of one head of Mamba-2.

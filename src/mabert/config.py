@@ -29,11 +29,11 @@ class MaBertConfig(PreTrainedConfig):
     Args:
         pattern: one letter a layer, first layer first: `M` (Mamba), `T` (Transformer) or `P` (both side by side on the
             same input, fused). Its length is `num_hidden_layers`.
-        conv_mode: what the depthwise convolution of an M layer sees: `"centered"` (kernel 4: one neighbour to the left,
+        conv_mode: what the depthwise convolution of a Mamba sees: `"centered"` (kernel 4: one neighbour to the left,
             two to the right) or `"causal"` (three to the left).
         scan_direction: `"forward"`, `"backward"` (the whole mixer flipped within each sequence), `"alternating"`
-            (M layers take turns, forward first) or `"bidirectional"` (both directions in every M layer, sharing the in
-            and out projections).
+            (M and P layers take turns, forward first) or `"bidirectional"` (both directions in every M or P layer,
+            sharing the in and out projections).
         psm: padding-safe masking, `"exact"`, or one of the paper's ablations `"none" "pre" "post" "pre+post"`; all but
             `"exact"` need `execution="padded"`.
         pooling: sentence representation of the classification head: `"map"` (mask-aware attention pooling), `"cls"`,
@@ -46,8 +46,8 @@ class MaBertConfig(PreTrainedConfig):
         fusion: what makes one output of the two branches of a `P` layer: `"mean"` of their norms, `"gate"` from the
             layer's input, `"merge-attention"` (queries from attention, keys and values from Mamba, or
             `"merge-attention-swapped"`), `"scaled"` or `"concat"`.
-        position_embedding_type: `"absolute"` (learned), `"rope"` (on the queries and keys of T layers, base
-            `rope_parameters["rope_theta"]`) or `"none"`.
+        position_embedding_type: `"absolute"` (learned), `"rope"` (on the queries and keys of T and P layers,
+            base `rope_parameters["rope_theta"]`) or `"none"`.
         max_position_embeddings: the longest sequence, in tokens.
 
     The remaining fields mean what they mean in `BertConfig` and `MambaConfig`.
@@ -184,7 +184,7 @@ class MaBertConfig(PreTrainedConfig):
 
     @property
     def inner_size(self) -> int:
-        """E, the width of an M layer's recurrence: `expand * hidden_size`."""
+        """E, the width of a Mamba's recurrence: `expand * hidden_size`."""
         return self.expand * self.hidden_size
 
     @property

@@ -67,9 +67,9 @@ def test_all_read_the_same_rows_by_the_same_recipe(trained):
     common = [{k: v for k, v in content["config"].items() if k != "architecture"} for content in contents]
     assert all(config == common[0] for config in common)
     assert common[0]["lr_schedule"] == "cosine"
-    assert common[0]["stage_lengths"] == [64]
+    assert common[0]["stage_lengths"] == [128]
     results = [content["result"] for content in contents]
-    assert {result["tokens"] for result in results} == {4 * 2 * 64}
+    assert {result["tokens"] for result in results} == {4 * 2 * 128}
     assert len({result["held_out"][0]["labels"] for result in results}) == 1
     assert len({result["held_out"][0]["loss"] for result in results}) == 4
     assert len({result["held_out"][0]["unigram_entropy"] for result in results}) == 1

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
 
 from mabert import HybridConfig, HybridForCausalLM, TransMambaConfig, TransMambaForCausalLM
-from mabert.causal_config import TRANSPOINTS
+from mabert.causal_config import SSMS, TRANSPOINTS
 from mabert.config import FUSIONS
 from mabert.models import CausalCache
 from mabert.ops import SequenceLayout
@@ -34,6 +34,9 @@ CONFIGS = {
         f"parallel, {fusion}": HybridConfig(**SIZES, pattern="PP", state_size=8, mamba_head_size=16, fusion=fusion)
         for fusion in FUSIONS
     },
+    "parallel, window": HybridConfig(
+        **SIZES, pattern="P", state_size=8, mamba_head_size=16, sliding_window=4, fusion="merge-attention"
+    ),
 }
 
 
@@ -435,7 +438,10 @@ def test_configs_that_contradict_themselves_are_refused(kind, choices, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seq_idx": torch.zeros(3, 14, dtype=torch.long), "use_cache": True}, "not several sequences in one"),
+        (
+            {"seq_idx": torch.zeros(3, 14, dtype=torch.long), "use_cache": True},
+            "not several sequences or segments in one",
+        ),
         ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache, but this model's layers remember"),
         ({"output_attentions": True}, "output_attentions is not supported"),
         ({"cache_params": DynamicCache()}, "cache_params is not supported: give what an earlier output holds"),
@@ -501,10 +507,13 @@ def test_a_rank_of_its_own_changes_mamba_1():
     assert shapes == [(48, 2), (48, 5)]
 
 
-@pytest.mark.parametrize(("memories", "letter"), [("recurrent-only", "T"), ("attention-only", "M")])
-def test_a_probe_lets_nothing_pass_but_what_it_names(memories, letter):
+@pytest.mark.parametrize(
+    ("memories", "letter", "ssm"),
+    [("recurrent-only", "T", "mamba2"), ("attention-only", "M", "mamba2"), ("attention-only", "M", "mamba1")],
+)
+def test_a_probe_lets_nothing_pass_but_what_it_names(memories, letter, ssm):
     """Where the other kind of layer is the only one, the last segment knows nothing of those before."""
-    config = HybridConfig(**SIZES, pattern=letter * 2, state_size=8, mamba_head_size=16)
+    config = HybridConfig(**SIZES, pattern=letter * 2, ssm=ssm, state_size=8, mamba_head_size=16)
     torch.manual_seed(0)
     lm = HybridForCausalLM(config).eval()
     batch, segments = ids(2, 20), torch.tensor([[0] * 8 + [1] * 12] * 2)
@@ -523,8 +532,9 @@ def test_a_probe_lets_nothing_pass_but_what_it_names(memories, letter):
 
 @pytest.mark.parametrize("pattern", ["MT", "TM", "SA", "PP"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_probes_of_both_memories_together_leave_none(pattern, fusion):
-    choices = {"state_size": 8, "mamba_head_size": 16, "fusion": fusion, "initializer_range": 0.3}
+@pytest.mark.parametrize("ssm", SSMS)
+def test_probes_of_both_memories_together_leave_none(pattern, fusion, ssm):
+    choices = {"ssm": ssm, "state_size": 8, "mamba_head_size": 16, "fusion": fusion, "initializer_range": 0.3}
     torch.manual_seed(0)
     lm = HybridForCausalLM(HybridConfig(**SIZES, pattern=pattern, **choices)).eval()
     batch, segments = ids(2, 20), torch.tensor([[0] * 8 + [1] * 7 + [2] * 5] * 2)
@@ -537,6 +547,22 @@ def test_probes_of_both_memories_together_leave_none(pattern, fusion):
     torch.testing.assert_close(last(batch, "none"), last(changed, "none"))
     for memories in ("recurrent-only", "attention-only"):
         assert (last(batch, memories) - last(changed, memories)).abs().max() > 1e-4, memories
+
+
+@pytest.mark.parametrize("fusion", ["merge-attention", "merge-attention-swapped"])
+def test_a_window_is_also_that_of_a_merged_attention(fusion):
+    """Where no branch passes anything on, the fusion's attention alone reaches back, and not beyond its window."""
+    choices = {"mamba_head_size": 16, "fusion": fusion, "sliding_window": 4, "initializer_range": 0.3}
+    config = HybridConfig(**SIZES, pattern="P", **choices)
+    torch.manual_seed(0)
+    mixer = HybridForCausalLM(config).eval().model.layers[0].mixers[0]
+    layout = SequenceLayout.build(1, 12, "cpu", packed=True)
+    a, s = torch.randn(2, 12, 24)
+    changed = [x.clone() for x in (a, s)]
+    for x in changed:
+        x[2] += 3
+    moved = mixer.fusion(a, a, s, layout) - mixer.fusion(a, *changed, layout)
+    assert (moved.abs().amax(dim=-1) > 1e-6).nonzero().flatten().tolist() == [2, 3, 4, 5]
 
 
 def test_a_probe_of_one_segment_changes_nothing():

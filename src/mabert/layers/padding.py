@@ -18,7 +18,7 @@ class PaddingSafeMasking:
         embeddings: the embedding output, before the first LayerNorm reads it.
         before_ssm: the input of the SSM (Eq. 2).
         inside_ssm: the convolution's input and output, and Δ = 0 at pads, so that the state passes them unchanged.
-        after_block: the output of each M layer (Eq. 3) and of the encoder.
+        after_block: the output of each M or P layer (Eq. 3) and of the encoder.
     """
 
     embeddings: bool = False
