@@ -333,8 +333,16 @@ def test_checkpointing_and_a_cache_exclude_each_other():
     lm(ids(), labels=ids()).loss.backward()
 
 
-@pytest.mark.parametrize("name", ["V9", "hybrid"])
-def test_saved_and_loaded_by_the_auto_classes(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("V9", {"A_log", "dt_bias"}),
+        ("hybrid", {"A_log", "dt_bias", "D"}),
+        ("Mamba-1", {"A_log", "bias", "D"}),
+        ("parallel, merge-attention", {"A_log", "dt_bias", "D"}),
+    ],
+)
+def test_saved_and_loaded_by_the_auto_classes(name, kept, tmp_path):
     lm = model(name)
     lm.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -345,8 +353,7 @@ def test_saved_and_loaded_by_the_auto_classes(name, tmp_path):
     encoder = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(encoder(ids(), use_cache=False).last_hidden_state, lm.model(ids(), use_cache=False)[0])
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    kept = {n.rpartition(".")[2] for n, p in half.named_parameters() if p.dtype == torch.float32}
-    assert kept == ({"A_log", "dt_bias"} if name == "V9" else {"A_log", "dt_bias", "D"})
+    assert {n.rpartition(".")[2] for n, p in half.named_parameters() if p.dtype == torch.float32} == kept
     assert half(ids(), use_cache=False).logits.isfinite().all()
 
 
