@@ -19,6 +19,7 @@ from mabert.experiments.causal_timing import CausalTiming, measure
 from mabert.experiments.cells import run_cells
 from mabert.experiments.scales import SCALES
 from mabert.experiments.transpoints import TransPoints, mixer_flops, models_of, size_of, timing_cells
+from mabert.layers import attention
 from mabert.layers.transmamba import TransMambaMixer
 from mabert.models.init import init_module
 from mabert.ops import SequenceLayout
@@ -117,6 +118,15 @@ def test_a_layer_is_timed_at_its_transpoint(monkeypatch):
     for point in (0, 20, 64):
         assert measure(timing(point=point, repetitions=1))["median_ms"] > 0
     assert sorted(set(points)) == [0, 20, 64]
+
+
+@pytest.mark.parametrize("point", [64, None])
+def test_what_is_timed_writes_out_no_scores(monkeypatch, point):
+    def refuse(*_, **__):
+        raise AssertionError("the slow attention")
+
+    monkeypatch.setattr(attention, "eager_attention", refuse)
+    assert measure(timing(point=point, repetitions=1))["median_ms"] > 0
 
 
 def test_a_slower_model_shows_a_larger_time():

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from mabert.causal_config import TransMambaConfig
 from mabert.experiments.causal_architectures import causal_architecture
 from mabert.experiments.scales import CausalScale
 from mabert.experiments.timing import is_out_of_memory, memory, milliseconds, repeat
-from mabert.layers.transmamba import TransMambaMixer
-from mabert.models.init import init_module
 from mabert.ops import SequenceLayout
 from mabert.training.optim import adamw
 
@@ -77,10 +75,9 @@ def mixer_pass(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], i
     """One mixer by itself, forward and backward."""
     assert isinstance(config, TransMambaConfig)
     assert timing.point is not None
-    config.transpoints = [timing.point]
-    mixer = TransMambaMixer(config, 0).to(timing.device).train()
-    for module in mixer.modules():
-        init_module(module, config)
+    config.transpoints, config.num_hidden_layers = [timing.point], 1
+    # from a model: it chooses the attention, as for the training steps
+    mixer = AutoModel.from_config(config).layers[0].mixers[0].to(timing.device).train()
     x_TH = torch.randn(timing.length, config.hidden_size, device=timing.device, requires_grad=True)
 
     def run() -> None:
