@@ -6,7 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from mabert.config import FUSIONS
+from mabert.config import FUSIONS, check_depth, check_letters
 
 # PAPER TransMamba: the schedules of Table 6, in tokens of a sequence of 8,192
 TRANSPOINTS = {
@@ -195,12 +195,7 @@ class HybridConfig(CausalConfig):
     time_step_rank: int | Literal["auto"] = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        given_depth = kwargs.pop("num_hidden_layers", None)
-        if given_depth is not None and given_depth != len(self.pattern):
-            raise ValueError(
-                f"num_hidden_layers={given_depth} contradicts pattern {self.pattern!r} of {len(self.pattern)} layers. "
-                "Leave num_hidden_layers out: the pattern alone says how many layers there are."
-            )
+        check_depth(self.pattern, kwargs.pop("num_hidden_layers", None))
         kwargs.pop("layer_types", None)
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
@@ -208,13 +203,8 @@ class HybridConfig(CausalConfig):
         super().__post_init__(**kwargs)
 
     def _check_pattern(self) -> None:
-        unknown = sorted(set(self.pattern) - set(HYBRID_LAYERS))
-        if unknown or not self.pattern:
-            found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
-            raise ValueError(
-                f"pattern {self.pattern!r} has {found}. Write one letter a layer: T (attention), M (SSM), S (SSM, then "
-                "attention), A (attention, then SSM) or P (both, fused), as in MMMTMMMT."
-            )
+        meaning = "T (attention), M (SSM), S (SSM, then attention), A (attention, then SSM) or P (both, fused)"
+        check_letters(self.pattern, HYBRID_LAYERS, f"{meaning}, as in MMMTMMMT")
 
     def check(self) -> None:
         """Raise ValueError where a value is outside its range or contradicts another one."""

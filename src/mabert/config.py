@@ -1,6 +1,7 @@
 """The configuration of a MaBERT encoder: a pattern of layers and every other choice, in one place."""
 
 import math
+from collections.abc import Container
 from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
@@ -20,6 +21,23 @@ CHOICES = {
     "execution": ("packed", "padded"),
     "fusion": FUSIONS,
 }
+
+
+def check_depth(pattern: str, given: int | None) -> None:
+    """Raise ValueError where a number of layers is given that is not the pattern's."""
+    if given is not None and given != len(pattern):
+        raise ValueError(
+            f"num_hidden_layers={given} contradicts pattern {pattern!r} of {len(pattern)} layers. "
+            "Leave num_hidden_layers out: the pattern alone says how many layers there are."
+        )
+
+
+def check_letters(pattern: str, known: Container[str], meaning: str) -> None:
+    """Raise ValueError, with what the letters mean, where the pattern is empty or has one that is not known."""
+    unknown = sorted({letter for letter in pattern if letter not in known})
+    if unknown or not pattern:
+        found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
+        raise ValueError(f"pattern {pattern!r} has {found}. Write one letter a layer: {meaning}.")
 
 
 @strict
@@ -96,12 +114,7 @@ class MaBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        given_depth = kwargs.pop("num_hidden_layers", None)
-        if given_depth is not None and given_depth != len(self.pattern):
-            raise ValueError(
-                f"num_hidden_layers={given_depth} contradicts pattern {self.pattern!r} of {len(self.pattern)} layers. "
-                "Leave num_hidden_layers out: the pattern alone says how many layers there are."
-            )
+        check_depth(self.pattern, kwargs.pop("num_hidden_layers", None))
         kwargs.pop("layer_types", None)
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
@@ -110,13 +123,8 @@ class MaBertConfig(PreTrainedConfig):
         self.check()
 
     def _check_pattern(self) -> None:
-        unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
-        if unknown or not self.pattern:
-            found = f"unknown letter{'s' * (len(unknown) > 1)} {', '.join(unknown)}" if unknown else "no letter"
-            raise ValueError(
-                f"pattern {self.pattern!r} has {found}. Write one letter a layer: "
-                "M (Mamba), T (Transformer) or P (both side by side), as in MMTMMTMMTMMT."
-            )
+        meaning = "M (Mamba), T (Transformer) or P (both side by side), as in MMTMMTMMTMMT"
+        check_letters(self.pattern, LAYER_KINDS, meaning)
 
     def check(self) -> None:
         """Raise ValueError where a value is outside its choices or contradicts another one."""

@@ -339,18 +339,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def main() -> None:
-    """Measure what the command line asks for; want of memory is a result."""
-    timing = Timing(**json.loads(sys.argv[1]))
+def print_result(measured: Callable[[], dict[str, Any]], device: str) -> None:
+    """As JSON, for the process that waits for it; want of memory is a result."""
     try:
-        result = measure(timing)
+        result = measured()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         result = {"out_of_memory": True}
-    if timing.device == "cuda":
+    if device == "cuda":
         result["memory_limit_bytes"] = torch.cuda.get_device_properties(0).total_memory
     print(json.dumps(result))
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    timing = Timing(**json.loads(sys.argv[1]))
+    print_result(lambda: measure(timing), timing.device)
 
 
 if __name__ == "__main__":
