@@ -28,9 +28,9 @@ ScaleName = Annotated[str, typer.Option("--scale", help="tiny, cpu, mini, small 
 Results = Annotated[Path, typer.Option(help="Folder of the results, one JSON file a cell.")]
 Work = Annotated[Path, typer.Option(help="Folder of what is in between: tokenised text, checkpoints.")]
 Only = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        help="Only cells with this at the start of a part of their name (BERT/, tuning); or a pattern with *."
+        help="Only cells with this at the start of a part of their name (BERT/), or like a pattern with *; repeatable."
     ),
 ]
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this long; the same command goes on from there.")]
@@ -168,7 +168,7 @@ def kinds(cells: list["Cell"]) -> Iterator[tuple[str, int]]:
 def compute(
     cells: list["Cell"],
     store: "CellStore",
-    only: str | None,
+    only: list[str] | None,
     max_minutes: float | None,
     jobs: int | None,
     helper: bool,
@@ -188,7 +188,7 @@ def compute(
     try:
         with helpers(0 if helper else jobs - 1, store.work, jobs):
             minutes = None if helper else max_minutes  # the first process ends its helpers
-            run_cells(cells, store, only=only, max_minutes=minutes, include_alone=not helper, console=errors)
+            run_cells(cells, store, only=only or (), max_minutes=minutes, include_alone=not helper, console=errors)
     except CellsFailedError as failure:
         errors.print(f"[bold red]Error:[/] [red]{escape(str(failure))}[/]", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from failure

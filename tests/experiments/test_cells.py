@@ -122,13 +122,16 @@ def test_timing_comes_last_and_not_in_a_helper(store):
 @pytest.mark.parametrize(
     ("only", "ran"),
     [
-        ("bert/", ["x/bert/1", "x/bert/2"]),
-        ("*/1", ["x/bert/1", "y/bert~1/1"]),
-        ("tuning/", []),
-        ("y/", ["y/bert~1/1"]),
+        (["bert/"], ["x/bert/1", "x/bert/2"]),
+        (["*/1"], ["x/bert/1", "y/bert~1/1"]),
+        (["tuning/"], []),
+        (["y/"], ["y/bert~1/1"]),
+        (["y/", "*/2"], ["x/bert/2", "y/bert~1/1", "finetuning/2"]),
+        (["y/", "tuning/"], []),
+        ([], ["x/bert/1", "x/bert/2", "y/bert~1/1", "finetuning/2"]),
     ],
 )
-def test_only_takes_a_text_at_the_beginning_of_a_part_or_a_pattern(store, only, ran):
+def test_only_takes_texts_at_the_beginning_of_a_part_and_patterns(store, only, ran):
     counter = Counter()
     names = ("x/bert/1", "x/bert/2", "y/bert~1/1", "finetuning/2")
     cells = [counter.cell(name) for name in names]
@@ -142,7 +145,7 @@ def test_only_takes_a_text_at_the_beginning_of_a_part_or_a_pattern(store, only, 
 
 def test_an_only_that_fits_nothing_is_refused(store):
     with pytest.raises(ValueError, match="no cell matches 'BRET'; there are x/bert"):
-        run_cells([Counter().cell("x/bert")], store, only="BRET", console=QUIET)
+        run_cells([Counter().cell("x/bert")], store, only=["BRET"], console=QUIET)
 
 
 def test_the_end_of_the_time_stops_within_a_cell_and_leaves_the_rest(store):

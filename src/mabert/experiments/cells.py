@@ -155,7 +155,7 @@ def run_cells(
     cells: Sequence[Cell],
     store: CellStore,
     *,
-    only: str | None = None,
+    only: Collection[str] = (),
     max_minutes: float | None = None,
     include_alone: bool = True,
     console: Console | None = None,
@@ -163,8 +163,8 @@ def run_cells(
     """Compute every cell that is not there yet.
 
     Args:
-        only: run the cells with a part of whose name (parts are between slashes) this text begins, or that match it as
-            a pattern with `*`, and what they need.
+        only: run the cells with a part of whose name (parts are between slashes) one of these texts begins, or that
+            match it as a pattern with `*`, and what they need; all by default.
         max_minutes: stop after that long, also within a cell; training goes on from its checkpoint the next time.
         include_alone: also those that measure time; a helper process leaves them to the first one, and ends with it.
 
@@ -174,9 +174,10 @@ def run_cells(
         ExperimentStoppedError: the time is up, or Ctrl-C or SIGTERM came.
     """
     console = console or Console(stderr=True)
-    wanted = [cell for cell in cells if only is None or _matches(cell.name, only)]
-    if not wanted:
-        raise ValueError(f"no cell matches {only!r}; there are {', '.join(cell.name for cell in cells[:8])}, …")
+    for text in only:
+        if not any(_matches(cell.name, text) for cell in cells):
+            raise ValueError(f"no cell matches {text!r}; there are {', '.join(cell.name for cell in cells[:8])}, …")
+    wanted = [cell for cell in cells if not only or any(_matches(cell.name, text) for text in only)]
     failed: dict[str, Exception] = {}
     pending = _pending(wanted, store, failed)
     total, done, seconds = len(pending), 0, 0.0

@@ -88,14 +88,15 @@ def models_of(scale: CausalScale) -> list[str]:
 def timing_cells(scale: Scale) -> Iterator[Cell]:
     """Training steps of the models by length, and one layer by length and TransPoint."""
     timed, causal = SCALES[scale.causal.timed]().causal, scale.causal
-    for precision in ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16"):
-        for length in causal.timed_lengths:
-            for name in models_of(causal):
-                yield _timing(scale, timed, f"causal-step/{precision}/{name}/{length}", name, length, precision, None)
-            for index in range(causal.timed_points):
-                point = length * index // (causal.timed_points - 1)
-                cell = f"causal-layer/{precision}/{length}/{point}"
-                yield _timing(scale, timed, cell, MAIN[0], length, precision, point)
+    # CHOICE: what a training would run in: on most CPUs bf16 is emulated, and many times slower
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    for length in causal.timed_lengths:
+        for name in models_of(causal):
+            yield _timing(scale, timed, f"causal-step/{precision}/{name}/{length}", name, length, precision, None)
+        for index in range(causal.timed_points):
+            point = length * index // (causal.timed_points - 1)
+            cell = f"causal-layer/{precision}/{length}/{point}"
+            yield _timing(scale, timed, cell, MAIN[0], length, precision, point)
 
 
 def _timing(
