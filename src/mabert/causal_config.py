@@ -111,7 +111,7 @@ class TransMambaConfig(CausalConfig):
             name of one of the paper's schedules, "V1" to "V9", which are shares of `max_position_embeddings` (printed
             for 8,192). A token whose index in its sequence is below its layer's TransPoint is attended to, the others
             go through the SSM: 0 is an SSM alone, a TransPoint of at least the length is attention alone. It may be
-            changed at any time, except below a cache.
+            changed at any time, except below a cache. Of a list with more entries than layers the first are taken.
 
     Raises:
         ValueError: a value is outside its range, there is no schedule of that name, a list is empty or holds a
@@ -144,6 +144,8 @@ class TransMambaConfig(CausalConfig):
             points = [point * self.max_position_embeddings // TRANSPOINT_LENGTH for point in TRANSPOINTS[points]]
         if not points:
             raise ValueError("transpoints is empty: give at least one TransPoint, which all layers then share.")
+        if wrong := [point for point in points if not isinstance(point, int)]:  # put into the list since it was checked
+            raise ValueError(f"transpoints={points!r}: {wrong[0]!r} is no number of tokens, which is a whole one.")
         if min(points) < 0:
             raise ValueError(f"transpoints={points!r}: {min(points)} is no number of tokens, which is at least 0.")
         return [points[layer % len(points)] for layer in range(self.num_hidden_layers)]

@@ -92,6 +92,21 @@ def test_a_converter_without_steps_does_not_go_on_where_attention_ended(monkeypa
     assert (wrong - right)[5:].abs().max() > 1e-2
 
 
+def test_what_follows_teaches_the_tokens_before_the_transpoint_as_a_full_scan_does():
+    """The gradients of the part behind it, by way of the converter."""
+    gradients = []
+    for point in (0, 77):
+        mixer = transmamba_mixer(point).double()
+        torch.manual_seed(1)
+        h = torch.randn(200, 24, dtype=torch.float64, requires_grad=True)
+        (mixer(h, rows(1, 200))[100:] * torch.randn(100, 24, dtype=torch.float64)).sum().backward()
+        gradients.append({"h": h.grad, **{name: p.grad for name, p in mixer.named_parameters()}})
+    for name, full in gradients[0].items():
+        assert full.abs().max() > 1e-3, name
+        torch.testing.assert_close(gradients[1][name], full, rtol=1e-9, atol=1e-9, msg=name)
+    assert gradients[0]["h"][:77].abs().max() > 1e-3
+
+
 def test_the_converter_is_the_state_of_a_scan():
     torch.manual_seed(0)
     keys, values = torch.randn(2, 2, 40, 3, 4, dtype=torch.float64)

@@ -219,6 +219,20 @@ def test_transformers_may_ask_the_cache_what_it_likes():
 
 
 @pytest.mark.parametrize("name", ["early and late", "hybrid"])
+def test_a_cache_goes_on_with_the_rows_it_is_told_to(name):
+    """Rows of other lengths, each of which is elsewhere in its own sequence."""
+    lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
+    cache = lm(batch, attention_mask=mask).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([5, 2]))  # the last row, and the second
+    new = ids(2, 4, seed=3)
+    whole = torch.cat((batch[[2, 1]], new), dim=1)
+    whole_mask = torch.cat((mask[[2, 1]], torch.ones_like(new)), dim=1)
+    expected = lm(whole, attention_mask=whole_mask, use_cache=False).logits[:, -4:]
+    torch.testing.assert_close(lm(new, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["early and late", "hybrid"])
 def test_beams_carry_their_memory_along(name):
     lm, batch, mask = model(name), ids(), torch.tensor(MASKS["left"])
     choices = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": 3, "eos_token_id": None}
@@ -453,6 +467,10 @@ def test_configs_that_contradict_themselves_are_refused(kind, choices, message):
         ({"output_attentions": True}, "output_attentions is not supported"),
         ({"cache_params": DynamicCache()}, "cache_params is not supported: give what an earlier output holds"),
         ({"labels": torch.full((3, 14), 60)}, "labels must lie in 0 to 59"),
+        ({"labels": torch.ones(3, 13).long()}, r"labels must be integers of shape \(3, 14\).* not .* \(3, 13\)"),
+        ({"labels": torch.ones(3, 14)}, r"labels must be integers of shape \(3, 14\).* not torch.float32"),
+        ({"position_ids": torch.ones(3, 13).long()}, r"position_ids must have shape \(3, 14\).* not \(3, 13\)"),
+        ({"past_key_values": CausalCache(2)}, "the cache remembers 2 layers, but the model has 4"),
         ({"labels": torch.ones(3, 14).long(), "logits_to_keep": 2}, "leave logits_to_keep out"),
         ({"inputs_embeds": torch.zeros(3, 14, 24)}, "exactly one of input_ids and inputs_embeds"),
         ({"attention_mask": torch.ones(3, 13)}, "attention_mask must have shape"),
@@ -461,6 +479,29 @@ def test_configs_that_contradict_themselves_are_refused(kind, choices, message):
 def test_inputs_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         model("V9")(ids(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"input_ids": torch.ones(5).long()},
+            r"input_ids must have shape \(B, L\) with at least one token, not \(5,\)",
+        ),
+        ({"input_ids": torch.ones(2, 0).long()}, r"at least one token, not \(2, 0\)"),
+        ({"inputs_embeds": torch.ones(3, 24)}, r"inputs_embeds must have shape \(B, L, H\)"),
+    ],
+)
+def test_tokens_of_no_row_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model("V9")(**arguments)
+
+
+def test_a_schedule_that_was_spoilt_since_is_refused():
+    lm = model("early and late")
+    lm.config.transpoints[0] = 1.5
+    with pytest.raises(ValueError, match=r"1\.5 is no number of tokens"):
+        lm(ids())
 
 
 def test_a_cache_of_another_batch_is_refused():
@@ -501,6 +542,26 @@ def test_every_option_of_a_hybrid_changes_it(change):
         torch.manual_seed(0)
         lm = HybridForCausalLM(HybridConfig(**choices)).eval()
         shapes = {n: tuple(p.shape) for n, p in lm.named_parameters()}
+        outcomes.append((shapes, lm(ids(), use_cache=False).logits))
+    assert outcomes[0][0] != outcomes[1][0] or (outcomes[0][1] - outcomes[1][1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("change", [{"transpoints": [2, 9]}, {"max_position_embeddings": 32},
+                                    {"num_hidden_layers": 3}, {"num_attention_heads": 4}, {"intermediate_size": 40},
+                                    {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+                                    {"hidden_dropout_prob": 0.5}, {"attention_probs_dropout_prob": 0.5},
+                                    {"initializer_range": 0.2}, {"time_step_min": 0.05}, {"time_step_max": 0.5},
+                                    {"time_step_floor": 0.09}, {"decay_range": (4, 5)},
+                                    {"hidden_act": "relu"}, {"rms_norm_eps": 0.1}, {"conv_kernel": 3},
+                                    {"tie_word_embeddings": False}], ids=str)  # fmt: skip
+def test_every_option_of_a_transmamba_changes_it(change):
+    outcomes = []
+    for choices in ({}, change):
+        torch.manual_seed(0)
+        base = {**SIZES, "num_hidden_layers": 4, "initializer_range": 0.3, "transpoints": "V9"}
+        lm = TransMambaForCausalLM(TransMambaConfig(**base | choices)).train()
+        shapes = {n: tuple(p.shape) for n, p in lm.named_parameters()}
+        torch.manual_seed(0)
         outcomes.append((shapes, lm(ids(), use_cache=False).logits))
     assert outcomes[0][0] != outcomes[1][0] or (outcomes[0][1] - outcomes[1][1]).abs().max() > 1e-4
 

@@ -236,6 +236,10 @@ class CausalModel(CausalPreTrainedModel):
                 f"past_key_values is a {type(past_key_values).__name__}, but this model's layers remember states as "
                 "well: give what an earlier output holds, or mabert.models.CausalCache(num_hidden_layers)."
             )
+        if len(past_key_values.memories) != len(self.layers):
+            raise ValueError(
+                f"the cache remembers {len(past_key_values.memories)} layers, but the model has {len(self.layers)}."
+            )
         return past_key_values
 
     def _layout(
@@ -244,7 +248,16 @@ class CausalModel(CausalPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         given = input_ids if inputs_embeds is None else inputs_embeds
+        name, axes = ("input_ids", "BL") if inputs_embeds is None else ("inputs_embeds", "BLH")
+        if given.ndim != len(axes) or not given.shape[1]:
+            raise ValueError(
+                f"{name} must have shape ({', '.join(axes)}) with at least one token, not {tuple(given.shape)}."
+            )
         batch, length = given.shape[:2]
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length), (length,)):
+            raise ValueError(
+                f"position_ids must have shape {(batch, length)}, one for each token, not {tuple(position_ids.shape)}."
+            )
         past = cache.lengths_S if cache is not None else None
         if past is not None:
             if len(past) != batch:
@@ -418,8 +431,14 @@ def predictions(labels_BL: Tensor, layout: SequenceLayout, vocab_size: int) -> t
     """Indices among the T tokens of those that predict a label, and what they predict.
 
     Raises:
-        ValueError: a label is outside the vocabulary.
+        ValueError: the labels are of another shape than the tokens, or no integers, or outside the vocabulary.
     """
+    shape = (layout.batch_size, layout.length)
+    if labels_BL.shape != shape or labels_BL.is_floating_point():
+        raise ValueError(
+            f"labels must be integers of shape {shape}, one for each token, not {labels_BL.dtype} of shape "
+            f"{tuple(labels_BL.shape)}."
+        )
     labels_T, ids_T = layout.unpad(labels_BL.to(layout.cu_seqlens.device)), layout.sequence_ids_T
     is_next_T = F.pad((ids_T[1:] == ids_T[:-1]) & (labels_T[1:] != IGNORED), (0, 1))[: len(ids_T)]
     predicting = is_next_T.nonzero().squeeze(1)
