@@ -93,7 +93,7 @@ def test_a_cell_runs_in_a_process_of_its_own_and_is_not_run_again(tmp_path, monk
 
     monkeypatch.setattr(fresh_process.subprocess, "Popen", counted)
     for _ in range(2):
-        run_cells(cells, store, only=name, console=QUIET)
+        run_cells(cells, store, only=[name], console=QUIET)
         assert sum("mabert.experiments.timing" in command for command in started) == 1
     content = json.loads((tmp_path / "results" / f"{name}.json").read_text())
     result = content["result"]

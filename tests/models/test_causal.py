@@ -3,7 +3,14 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    pipeline,
+)
 
 from mabert import HybridConfig, HybridForCausalLM, TransMambaConfig, TransMambaForCausalLM
 from mabert.causal_config import SSMS, TRANSPOINTS
@@ -113,6 +120,16 @@ def test_packed_neighbours_change_nothing(name):
         torch.testing.assert_close(logits[chosen], alone, rtol=1e-5, atol=1e-5)
     cu = torch.tensor([0, 13, 14, 25, 30], dtype=torch.int32)
     torch.testing.assert_close(lm(row, cu_seq_lens_q=cu).logits[0], logits)
+
+
+def test_rows_of_transformers_flattening_collator_are_told_apart():
+    lm = model("early and late")
+    rows = [{"input_ids": row[:length].tolist()} for row, length in zip(ids(), (14, 9, 2), strict=True)]
+    batch = DataCollatorWithFlattening(return_seq_idx=True)(rows)
+    alone = [lm(torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    torch.testing.assert_close(lm(**batch).logits[0], torch.cat(alone), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"DataCollatorWithFlattening\(return_seq_idx=True\)"):
+        lm(**DataCollatorWithFlattening()(rows))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -470,6 +487,7 @@ def test_configs_that_contradict_themselves_are_refused(kind, choices, message):
         ({"labels": torch.ones(3, 13).long()}, r"labels must be integers of shape \(3, 14\).* not .* \(3, 13\)"),
         ({"labels": torch.ones(3, 14)}, r"labels must be integers of shape \(3, 14\).* not torch.float32"),
         ({"position_ids": torch.ones(3, 13).long()}, r"position_ids must have shape \(3, 14\).* not \(3, 13\)"),
+        ({"position_ids": torch.arange(14) % 7}, "position_ids begin anew within a row"),
         ({"past_key_values": CausalCache(2)}, "the cache remembers 2 layers, but the model has 4"),
         ({"labels": torch.ones(3, 14).long(), "logits_to_keep": 2}, "leave logits_to_keep out"),
         ({"inputs_embeds": torch.zeros(3, 14, 24)}, "exactly one of input_ids and inputs_embeds"),

@@ -133,6 +133,10 @@ class TestInputs:
             ({}, "exactly one of input_ids and inputs_embeds"),
             ({"input_ids": torch.ones(1, 25).long()}, r"25 tokens, but max_position_embeddings is 24.*resize"),
             ({"input_ids": torch.ones(1, 3).long(), "position_ids": torch.tensor([[0, 1, 24]])}, "lie in 0 to 23"),
+            (
+                {"input_ids": torch.ones(1, 3).long(), "position_ids": torch.tensor([[0, 1, 0]])},
+                "position_ids begin anew within a row.*seq_idx or cu_seq_lens_q",
+            ),
             ({"input_ids": torch.ones(1, 3).long(), "output_attentions": True}, "no attention weights"),
             (
                 {"input_ids": torch.ones(1, 3).long(), "cu_seq_lens_k": torch.tensor([0, 3])},

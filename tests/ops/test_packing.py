@@ -135,3 +135,23 @@ def test_split_parts_each_sequence_at_its_own_token(mask, point, has_past):
         grid = part.to_grid(x[chosen])
         assert grid.shape[:2] == (layout.num_sequences, part.max_length)
         assert torch.equal(part.from_grid(grid), x[chosen])
+
+
+def test_positions_may_do_as_they_like_at_pads_and_where_sequences_are_told_apart():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    positions = torch.tensor([[9, 8, 0, 1], [3, 5, 5, 6]])
+    for packed in (True, False):
+        layout = SequenceLayout.build(2, 4, "cpu", packed=packed, attention_mask=mask)
+        placed = layout.at_positions(positions, told_apart=False)
+        assert placed.positions.tolist() == ([0, 1, 3, 5, 5, 6] if packed else positions.tolist())
+    layout = SequenceLayout.build(1, 4, "cpu", packed=True, seq_idx=torch.tensor([[0, 0, 1, 1]]))
+    assert layout.at_positions(torch.tensor([0, 1, 0, 1]), told_apart=True).positions.tolist() == [0, 1, 0, 1]
+    assert layout.at_positions(torch.tensor([3, 2, 1, 0]), told_apart=True).positions.tolist() == [3, 2, 1, 0]
+
+
+def test_positions_that_begin_anew_are_those_of_several_sequences():
+    layout = SequenceLayout.build(1, 5, "cpu", packed=True)
+    with pytest.raises(ValueError, match="begin anew within a row"):
+        layout.at_positions(torch.tensor([[0, 1, 2, 0, 1]]), told_apart=False)
+    with pytest.raises(ValueError, match=r"must have shape \(1, 5\).* not \(2, 5\)"):
+        layout.at_positions(torch.zeros(2, 5).long(), told_apart=True)

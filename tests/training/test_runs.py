@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+import timeit
 
 import pytest
 import tiny_finetuning
@@ -9,6 +10,7 @@ from rich.console import Console
 from tiny_pretraining import config
 from transformers import AutoModelForMaskedLM
 
+from mabert.training import runs
 from mabert.training.checkpoints import list_checkpoints
 from mabert.training.finetune import finetune
 from mabert.training.pretrain import PretrainTrainer, pretrain
@@ -65,3 +67,23 @@ def test_one_run_at_a_time_trains_in_a_folder(prepared, shards, tmp_path, kind):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
         other.send_signal(signal.SIGKILL)
     assert train(choices, console=Console(quiet=True)).steps > 0
+
+
+@pytest.mark.parametrize(("imitates", "bf16"), [(True, True), (True, False), (False, True)])
+def test_bf16_on_a_processor_without_it_is_warned_of(prepared, monkeypatch, caplog, imitates, bf16):
+    monkeypatch.setattr(runs, "imitates_bf16", lambda: imitates)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    runs.training_arguments(config(prepared, bf16=bf16), steps=1, micro_batch_size=1, accumulation=1)
+    assert ("bf16=false is faster here" in caplog.text) == (imitates and bf16)
+
+
+def test_where_bf16_is_imitated_its_products_take_longer():
+    """What the warning says, measured where it would be given."""
+    if not runs.imitates_bf16():
+        pytest.skip("this processor has bf16, or nothing is known of it")
+
+    def seconds(dtype):
+        a, b = torch.randn(512, 512).to(dtype), torch.randn(512, 512).to(dtype)
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=5))
+
+    assert seconds(torch.bfloat16) > 2 * seconds(torch.float32)

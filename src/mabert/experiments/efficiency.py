@@ -116,8 +116,10 @@ def efficiency_cell(scale: Scale, name: str, precision: str, kind: str, model: s
 
 @cache
 def hardware() -> str:
-    """What the times are measured on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    """What the times are measured on: a card, or a processor and the instructions that torch makes use of."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability().lower()}"
 
 
 def size_of(scale: Scale) -> dict[str, Any]:

@@ -87,21 +87,24 @@ def models_of(scale: CausalScale) -> list[str]:
 
 def timing_cells(scale: Scale) -> Iterator[Cell]:
     """Training steps of the models by length, and one layer by length and TransPoint."""
-    timed, causal = SCALES[scale.causal.timed]().causal, scale.causal
-    # CHOICE: what a training would run in: on most CPUs bf16 is emulated, and many times slower
+    # CHOICE: fp32 on a CPU, of which many have no instructions for bf16 and are many times slower with it
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    for length in causal.timed_lengths:
-        for name in models_of(causal):
-            yield _timing(scale, timed, f"causal-step/{precision}/{name}/{length}", name, length, precision, None)
-        for index in range(causal.timed_points):
-            point = length * index // (causal.timed_points - 1)
-            cell = f"causal-layer/{precision}/{length}/{point}"
-            yield _timing(scale, timed, cell, MAIN[0], length, precision, point)
+    for length in scale.causal.timed_lengths:
+        for name in models_of(scale.causal):
+            yield _timing(scale, f"causal-step/{precision}/{name}/{length}", name, length, precision, None)
+    yield from layer_cells(scale, precision)
 
 
-def _timing(
-    scale: Scale, timed: CausalScale, cell: str, name: str, length: int, precision: str, point: int | None
-) -> Cell:
+def layer_cells(scale: Scale, precision: str) -> Iterator[Cell]:
+    """One layer by length and TransPoint."""
+    for length in scale.causal.timed_lengths:
+        for index in range(scale.causal.timed_points):
+            point = length * index // (scale.causal.timed_points - 1)
+            yield _timing(scale, f"causal-layer/{precision}/{length}/{point}", MAIN[0], length, precision, point)
+
+
+def _timing(scale: Scale, cell: str, name: str, length: int, precision: str, point: int | None) -> Cell:
+    timed = SCALES[scale.causal.timed]().causal
     timing = CausalTiming(
         architecture=name,
         size=size_of(timed),

@@ -254,10 +254,6 @@ class CausalModel(CausalPreTrainedModel):
                 f"{name} must have shape ({', '.join(axes)}) with at least one token, not {tuple(given.shape)}."
             )
         batch, length = given.shape[:2]
-        if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length), (length,)):
-            raise ValueError(
-                f"position_ids must have shape {(batch, length)}, one for each token, not {tuple(position_ids.shape)}."
-            )
         past = cache.lengths_S if cache is not None else None
         if past is not None:
             if len(past) != batch:
@@ -282,7 +278,7 @@ class CausalModel(CausalPreTrainedModel):
         if past is not None:
             layout = replace(layout, past_S=past, positions=layout.positions + past[layout.sequence_ids_T])
         if position_ids is not None:
-            layout = replace(layout, positions=layout.unpad(position_ids.expand(batch, length)))
+            layout = layout.at_positions(position_ids, told_apart=seq_idx is not None or cu_seq_lens is not None)
         return layout
 
 

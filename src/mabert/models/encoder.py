@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, T real tokens in all, S sequences, H hidden, V vocabulary.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -211,12 +209,11 @@ class MaBertModel(MaBertPreTrainedModel):
                 "exactly. Use execution='packed', or move the pads to the ends."
             )
         if position_ids is not None:
-            position_ids = position_ids.expand(given.shape[:2])
+            layout = layout.at_positions(position_ids, told_apart=seq_idx is not None or cu_seq_lens is not None)
             if self.config.position_embedding_type == "absolute" and not torch.compiler.is_compiling():
-                real = layout.unpad(position_ids)
+                real = layout.positions if packed else layout.unpad(layout.positions)
                 if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < longest:
                     raise ValueError(f"position_ids must lie in 0 to {longest - 1} (max_position_embeddings - 1).")
-            layout = replace(layout, positions=layout.unpad(position_ids) if packed else position_ids)
         return layout
 
 

@@ -150,6 +150,34 @@ class SequenceLayout:
         total = self.num_sequences * length
         return SequenceLayout(1, total, True, None, None, cu_seqlens, length, positions, None)
 
+    def at_positions(self, position_ids: Tensor, *, told_apart: bool) -> "SequenceLayout":
+        """The same with other positions than each token's index in its sequence.
+
+        Args:
+            position_ids: (B, L) integers, or one row for all.
+            told_apart: whether the inputs said which sequences a row holds. Otherwise positions that begin anew within
+                a row are refused: elsewhere they mean another sequence.
+
+        Raises:
+            ValueError: their shape is another one, or they begin anew.
+        """
+        shape = (self.batch_size, self.length)
+        if tuple(position_ids.shape) not in (shape, (1, self.length), (self.length,)):
+            raise ValueError(
+                f"position_ids must have shape {shape}, one for each token, not {tuple(position_ids.shape)}."
+            )
+        positions_BL = position_ids.to(self.cu_seqlens.device).expand(shape)
+        positions_T = self.unpad(positions_BL)
+        if not told_apart and not torch.compiler.is_compiling() and self.max_length > 1:
+            ids_T = self.sequence_ids_T
+            if bool(((positions_T[1:] < positions_T[:-1]) & (ids_T[1:] == ids_T[:-1])).any()):
+                raise ValueError(
+                    "position_ids begin anew within a row, as those of several sequences do, which seq_idx or "
+                    "cu_seq_lens_q would have to tell apart: give one of them, as DataCollatorWithFlattening("
+                    "return_seq_idx=True) does."
+                )
+        return replace(self, positions=positions_T if self.packed else positions_BL)
+
     @property
     def num_sequences(self) -> int:
         """S, empty sequences included."""

@@ -1,5 +1,6 @@
 """What pretraining and fine-tuning have in common: a run that logs every step, can be stopped and goes on."""
 
+import logging
 import os
 import platform
 import re
@@ -31,6 +32,8 @@ from mabert.training.callbacks import (
 )
 from mabert.training.checkpoints import AtomicCheckpointTrainer, list_checkpoints
 from mabert.training.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -141,6 +144,12 @@ def training_arguments(
     config: RunConfig, *, steps: int, micro_batch_size: int, accumulation: int, **choices: Any
 ) -> TrainingArguments:
     """The Trainer's arguments as every run has them, and `choices`."""
+    if config.bf16 and not torch.accelerator.is_available() and imitates_bf16():
+        logger.warning(
+            "this processor (%s) has no instructions for bf16, which torch imitates many times slower than fp32: "
+            "bf16=false is faster here",
+            processor_name(),
+        )
     args = TrainingArguments(
         output_dir=str(config.output),
         seed=config.seed,
@@ -193,6 +202,12 @@ def versions() -> dict[str, str]:
         "mabert": own,
         **{package: version(package) for package in ("torch", "transformers")},
     }
+
+
+def imitates_bf16() -> bool:
+    """Whether products of matrices in bf16 lack a kernel on this processor."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    return known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def processor_name() -> str:

@@ -139,7 +139,7 @@ def _causal_tiny(train: tuple[str, ...], tokenizer: Path, output: Path, model: C
 
 
 def transmamba(train: tuple[str, ...], tokenizer: Path, output: Path) -> PretrainConfig:
-    """The paper's TransMamba of 400 million parameters: 24 layers, hidden size 1536, 8,192 tokens a sequence.
+    """TransMamba with the paper's 24 layers of hidden size 1536, at its 8,192 tokens a sequence.
 
     Command: mabert pretrain transmamba train=text/ tokenizer=tokenizer output=runs/transmamba
     Duration: unmeasured. Expected score: not measured yet.

@@ -1,11 +1,11 @@
 """TransMamba: loss by schedule and beside the references, time by length, cost of a layer by TransPoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mabert.causal_config import TRANSPOINT_LENGTH, TRANSPOINTS, TransMambaConfig
 from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, causal_architecture, transmamba_name
 from mabert.experiments.comparison import mean_and_spread
-from mabert.experiments.published import TRANSMAMBA, published
+from mabert.experiments.published import published
 from mabert.experiments.report.captions import at_scale, counted
 from mabert.experiments.report.collect import Record, Results
 from mabert.experiments.report.efficiency import failure
@@ -14,10 +14,10 @@ from mabert.experiments.report.plots import Axis, Series, plot
 from mabert.experiments.report.pretraining import tokens_at
 from mabert.experiments.report.styles import Style, key, style
 from mabert.experiments.scales import CausalScale
-from mabert.experiments.transpoints import MAIN, mixer_flops
+from mabert.experiments.transpoints import MAIN, layer_cells, mixer_flops, models_of
 
 LOSSES, TIMES = "transmamba_table6_validation_loss", "transmamba_table5_relative_training_time"
-PUBLISHED_ON = f"Published: {TRANSMAMBA}, models of 400 million and 1.5 billion parameters, 8,192 tokens a sequence."
+PUBLISHED_ON = f"Published: {published()['_notes']['transmamba']}."
 ABOUT = (
     "TransMamba's layers pass from attention to a state space at a token position, their TransPoint, by the same "
     "weights. References have as many parameters outside the embeddings, by the width of their feed-forward networks; "
@@ -49,17 +49,17 @@ def _trained_cells(results: Results) -> dict[tuple[str, ...], Record]:
 
 
 def _seeds(results: Results) -> list[int]:
-    return sorted({int(seed) for _, seed in _trained_cells(results)})
+    return sorted({int(seed) for _, seed in _trained_cells(results)} | set(range(results.scale.causal.seeds)))
 
 
 def _cells(results: Results, model: str) -> list[str]:
     return [f"causal/{model}/{seed}" for seed in _seeds(results)]
 
 
-def _trained(results: Results) -> list[str]:
-    """The models that any cell trained, and those that Figure and table are about in any case."""
-    found = {model for model, _ in _trained_cells(results)}
-    return [model for model in _models() if model in found or model in MAIN]
+def _asked_for(results: Results, found: Iterable[str]) -> list[str]:
+    """The models of the scale, whether or not there is anything of them, and those that there is something of."""
+    wanted = {*models_of(results.scale.causal), *found}
+    return [model for model in _models() if model in wanted]
 
 
 def _about(results: Results) -> str:
@@ -102,7 +102,8 @@ def _loss_figure(results: Results) -> Figure:
 
 def _loss_table(results: Results) -> Table:
     """Table 6."""
-    rows, models, paper = [], _trained(results), published()[LOSSES]
+    rows, paper = [], published()[LOSSES]
+    models = _asked_for(results, (model for model, _ in _trained_cells(results)))
     for model in models:
         cells = _cells(results, model)
         loss = results.measure(cells, lambda record: record.at("held_out")[0]["loss"])
@@ -128,10 +129,7 @@ def _loss_table(results: Results) -> Table:
         Column("of the layers", ("millions",)),
     ]
     wanted = [name for model in models for name in _cells(results, model)]
-    notes = [
-        f"{PUBLISHED_ON} Losses after 21 billion tokens; the perplexities printed beside them are not their "
-        "exponentials and are left out."
-    ]
+    notes = [f"{PUBLISHED_ON} The perplexities printed beside the losses are not their exponentials and are left out."]
     return Table("TransMamba's Table 6 · Loss by schedule", _about(results), columns, rows, wanted, notes)
 
 
@@ -146,13 +144,13 @@ def _label(model: str) -> str:
 def _time_table(results: Results, precision: str) -> Table:
     """Table 5, by length."""
     cells = {name[1:]: record for name, record in results.of("causal-step").items() if name[0] == precision}
-    measured = sorted({int(length) for _, length in cells})
-    lengths = sorted({*measured, TRANSPOINT_LENGTH})
+    timed = sorted({int(length) for _, length in cells} | set(results.scale.causal.timed_lengths))
+    lengths = sorted({*timed, TRANSPOINT_LENGTH})
     columns = [
         column for n in lengths for column in (Column(f"{n:,}", ("ms",), "low"), Column(f"{n:,}", ("relative",), "low"))
     ]
     rows = []
-    models = [model for model in _models() if model in MAIN or any(name == model for name, _ in cells)]
+    models = _asked_for(results, (model for model, _ in cells))
     for model in models:
         entries: list[Entry] = []
         for length in lengths:
@@ -167,9 +165,9 @@ def _time_table(results: Results, precision: str) -> Table:
     caption = (
         f"One row a step, forward, backward and optimizer; {precision}; {_size(found)}; relative to the Transformer."
     )
-    wanted = [f"causal-step/{precision}/{model}/{length}" for model in models for length in measured]
+    wanted = [f"causal-step/{precision}/{model}/{length}" for model in models for length in timed]
     title = f"TransMamba's Table 5 · Time of a training step, {precision}"
-    return Table(title, caption, columns, rows, wanted, [f"{PUBLISHED_ON} Relative training times, at 8,192 tokens."])
+    return Table(title, caption, columns, rows, wanted, [PUBLISHED_ON])
 
 
 def _time(record: Record | None) -> Entry:
@@ -197,12 +195,13 @@ def _size(records: Sequence[Record]) -> str:
 def _layer_figure(results: Results, precision: str) -> Figure:
     """Figure 4 (a): time of a layer by TransPoint, beside what its operations would make it."""
     cells = {name[1:]: record for name, record in results.of("causal-layer").items() if name[0] == precision}
-    panels, wanted, notes = [], [], []
+    panels, notes = [], []
+    wanted = dict.fromkeys(cell.name for cell in layer_cells(results.scale, precision))
+    wanted |= dict.fromkeys(f"causal-layer/{precision}/{length}/{point}" for length, point in cells)
     lines = (("measured", Style("vermillion", "o", width=2.2)), ("operations counted", Style("quiet", "", (3, 1.5))))
     for length in sorted({int(length) for length, _ in cells}):
         found = {int(point): record for (of, point), record in cells.items() if int(of) == length}
         fine = {point: record for point, record in sorted(found.items()) if not failure(record)}
-        wanted += [f"causal-layer/{precision}/{length}/{point}" for point in sorted(found)]
         if length not in fine:
             continue
         whole = fine[length].at("median_ms")
@@ -228,11 +227,12 @@ def _layer_figure(results: Results, precision: str) -> Figure:
         notes.append(
             f"At {length:,} tokens the fastest of these TransPoints is {best:,} "
             f"({fine[best].at('median_ms') / whole:.2f} of attention alone); fewest operations are counted at "
-            f"{fewest:,}. The paper finds its fastest near 2,048 of 8,192, with a hidden size of 1,536 on GPUs."
+            f"{fewest:,}. {published()['_notes']['transmamba_figure_4']}."
         )
     caption = (
         f"One mixer, forward and backward, {precision}; {_size(list(cells.values()))}; bars: ± standard deviation of "
-        "the repetitions. Counted: multiply-adds of the projections, attention, converter and scan (forward)."
+        "the repetitions. Counted: multiply-adds of the projections, attention, converter and scan (forward), without "
+        "what moves memory and multiplies no matrices, of which the scan has more than attention."
     )
     title = f"TransMamba's Figure 4 (a) · Cost of a layer by TransPoint, {precision}"
-    return Figure(title, caption, key(lines), panels, wanted, notes)
+    return Figure(title, caption, key(lines), panels, list(wanted), notes)
