@@ -38,6 +38,10 @@ def config(**changes):
         ({"train": None, "task": "RTE", "glue": "glue", "dev": "dev.tsv"}, "dev belongs to a table"),
         ({"glue": "glue"}, "glue is given without a task"),
         (
+            {"select_fraction": 0.25},
+            "select_fraction=0.25 is of rows to select the best epoch by, but select='last': .* set select=best",
+        ),
+        (
             {"dev": "dev.tsv", "dev_fraction": 0.2},
             r"dev_fraction=0.2 would hold rows of train out as dev, but dev='dev.tsv' is given: .*dev_from_train=true",
         ),

@@ -132,6 +132,11 @@ class FinetuneConfig(RunConfig):
                 f"dev_fraction={self.dev_fraction} would hold rows of train out as dev, but {dev}: leave dev_fraction "
                 "out, or set dev_from_train=true."
             )
+        if self.select_fraction != _DEFAULTS["select_fraction"] and self.select != "best":
+            raise ValueError(
+                f"select_fraction={self.select_fraction} is of rows to select the best epoch by, but "
+                f"select={self.select!r}: leave it out, or set select=best."
+            )
         if self.batch_size % self.forward_size:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}.")
 
