@@ -15,12 +15,14 @@ from mabert.experiments.efficiency import (
     MODELS,
     Headline,
     efficiency_cells,
+    hardware,
     headline,
     parameter_table,
     protocols,
 )
 from mabert.experiments.published import published
 from mabert.experiments.scales import base, cpu, tiny
+from mabert.training.runs import processor_name
 
 QUIET = Console(quiet=True)
 
@@ -142,3 +144,14 @@ def test_times_of_another_machine_are_other_cells(monkeypatch):
     monkeypatch.setattr("mabert.experiments.efficiency.hardware", lambda: "another card")
     elsewhere = cells_of(tiny(), "cpu")[name].config
     assert elsewhere == here | {"hardware": "another card"} != here
+
+
+def test_processors_of_one_name_are_told_apart_by_their_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    names = []
+    for instructions in ("AVX2", "AVX512"):
+        hardware.cache_clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=instructions: name)
+        names.append(hardware())
+    hardware.cache_clear()
+    assert names == [f"{processor_name()}, avx2", f"{processor_name()}, avx512"]

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from invented_results import STAMP, everything, finetuned, pretrained, pretraining_config, put
 from rich.console import Console
 
@@ -470,8 +471,8 @@ def test_drift_is_shown_by_mode_with_its_findings(invented: Page) -> None:
         "Recall through each memory · passkey",
         "Paraphrases · sequential",
         "TransMamba's Table 6 · Loss by schedule",
-        "TransMamba's Table 5 · Time of a training step",
-        "TransMamba's Figure 4 (a) · Cost of a layer by TransPoint",
+        f"TransMamba's Table 5 · Time of a training step, {'bf16' if torch.cuda.is_available() else 'fp32'}",
+        f"TransMamba's Figure 4 (a) · Cost of a layer by TransPoint, {'bf16' if torch.cuda.is_available() else 'fp32'}",
     ],
 )
 def test_every_experiment_has_its_tables(invented: Page, title: str) -> None:

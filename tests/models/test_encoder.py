@@ -131,6 +131,9 @@ class TestInputs:
         ("inputs", "message"),
         [
             ({}, "exactly one of input_ids and inputs_embeds"),
+            ({"input_ids": torch.ones(5).long()}, r"input_ids must have shape \(B, L\) with .*, not \(5,\)"),
+            ({"input_ids": torch.ones(2, 0).long()}, r"at least one token, not \(2, 0\)"),
+            ({"inputs_embeds": torch.ones(3, 32)}, r"inputs_embeds must have shape \(B, L, H\)"),
             ({"input_ids": torch.ones(1, 25).long()}, r"25 tokens, but max_position_embeddings is 24.*resize"),
             ({"input_ids": torch.ones(1, 3).long(), "position_ids": torch.tensor([[0, 1, 24]])}, "lie in 0 to 23"),
             (
@@ -240,6 +243,11 @@ class TestMaskedLM:
         loss = model(ids, labels=torch.full_like(ids, -100)).loss
         loss.backward()
         assert loss.item() == 0
+
+    @pytest.mark.parametrize("labels", [torch.ones(4, 11).long(), torch.ones(4, 12)], ids=["shape", "dtype"])
+    def test_labels_that_are_not_one_for_each_token_are_refused(self, labels):
+        with pytest.raises(ValueError, match=r"labels must be integers of shape \(4, 12\), one for each token"):
+            MaBertForMaskedLM(small())(batch()[0], labels=labels)
 
     @pytest.mark.parametrize(
         ("label", "message"), [(80, "labels must lie in 0 to 79"), (-1, "labels must lie in 0 to 79")]

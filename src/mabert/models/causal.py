@@ -25,8 +25,8 @@ from mabert.layers.norm import RMSNorm
 from mabert.layers.parallel import ParallelMixer, make_fusion
 from mabert.layers.transmamba import TransMambaMixer
 from mabert.models.cache import CausalCache
-from mabert.models.encoder import IGNORED
 from mabert.models.init import init_module
+from mabert.models.inputs import IGNORED, check_token_labels, given_tokens
 from mabert.ops import SequenceLayout
 from mabert.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -245,14 +245,7 @@ class CausalModel(CausalPreTrainedModel):
     def _layout(
         self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens, cache
     ) -> SequenceLayout:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        name, axes = ("input_ids", "BL") if inputs_embeds is None else ("inputs_embeds", "BLH")
-        if given.ndim != len(axes) or not given.shape[1]:
-            raise ValueError(
-                f"{name} must have shape ({', '.join(axes)}) with at least one token, not {tuple(given.shape)}."
-            )
+        given = given_tokens(input_ids, inputs_embeds)
         batch, length = given.shape[:2]
         past = cache.lengths_S if cache is not None else None
         if past is not None:
@@ -429,12 +422,7 @@ def predictions(labels_BL: Tensor, layout: SequenceLayout, vocab_size: int) -> t
     Raises:
         ValueError: the labels are of another shape than the tokens, or no integers, or outside the vocabulary.
     """
-    shape = (layout.batch_size, layout.length)
-    if labels_BL.shape != shape or labels_BL.is_floating_point():
-        raise ValueError(
-            f"labels must be integers of shape {shape}, one for each token, not {labels_BL.dtype} of shape "
-            f"{tuple(labels_BL.shape)}."
-        )
+    check_token_labels(labels_BL, layout)
     labels_T, ids_T = layout.unpad(labels_BL.to(layout.cu_seqlens.device)), layout.sequence_ids_T
     is_next_T = F.pad((ids_T[1:] == ids_T[:-1]) & (labels_T[1:] != IGNORED), (0, 1))[: len(ids_T)]
     predicting = is_next_T.nonzero().squeeze(1)

@@ -19,9 +19,8 @@ from mabert.layers.parallel import ParallelLayer
 from mabert.layers.pooling import Pooling
 from mabert.layers.transformer import TransformerLayer
 from mabert.models.init import init_module
+from mabert.models.inputs import IGNORED, check_token_labels, given_tokens
 from mabert.ops import SequenceLayout
-
-IGNORED = -100
 
 
 class MaBertPreTrainedModel(PreTrainedModel):
@@ -182,9 +181,7 @@ class MaBertModel(MaBertPreTrainedModel):
         return zero_pads(x, layout) if PSM[self.config.psm].after_block else x
 
     def _layout(self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens) -> SequenceLayout:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        given = input_ids if inputs_embeds is None else inputs_embeds
+        given = given_tokens(input_ids, inputs_embeds)
         if input_ids is not None and attention_mask is None and seq_idx is None and cu_seq_lens is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         packed = self.config.execution == "packed"
@@ -290,7 +287,8 @@ class MaBertForMaskedLM(MaBertPreTrainedModel):
             loss; logits (labels, V) in row order when labelled_only, else (B, L, V), zero at pads.
 
         Raises:
-            ValueError: a label is outside the vocabulary, or stands at a pad.
+            ValueError: the labels are of another shape than the tokens, or no integers, or one of them is outside the
+                vocabulary or stands at a pad.
         """
         x, layout, hidden_states = self.mabert.encode(
             input_ids,
@@ -311,6 +309,7 @@ class MaBertForMaskedLM(MaBertPreTrainedModel):
         if labels is None:
             logits = layout.repad(self.head(x_TH))
         else:
+            check_token_labels(labels, layout)
             labels_T = layout.unpad(labels.to(x.device))
             labelled = (labels_T != IGNORED).nonzero().squeeze(1)
             targets = labels_T[labelled]
