@@ -115,25 +115,25 @@ def test_samples_are_a_function_of_seed_and_index():
     assert not np.array_equal(made.sample(1, 2).ids, made.sample(2, 2).ids)
 
 
-def test_a_dataset_takes_its_tasks_in_turns():
-    tasks = [task(place=place) for place in ("early", "late")]
-    dataset = RecallDataset(tasks, rows=4, seed=0)
+def test_a_dataset_has_the_rows_of_a_stream_and_says_where_the_questions_begin():
+    made = task()
+    dataset = RecallDataset(made, rows=4, seed=1)
     assert len(dataset) == 4
-    assert torch.equal(dataset[1]["input_ids"], torch.from_numpy(tasks[1].sample(0, 1).ids))
-    row = dataset[2]
-    begin = tasks[0].sample(0, 2).questions_begin
-    assert row["segments"].tolist() == [0] * begin + [1] * (96 - begin)
+    row, sample = dataset[2], made.sample(1, 2)
+    assert torch.equal(row["input_ids"], torch.from_numpy(sample.ids))
+    assert torch.equal(row["labels"], torch.from_numpy(sample.labels))
+    assert row["segments"].tolist() == [0] * sample.questions_begin + [1] * (96 - sample.questions_begin)
     with pytest.raises(IndexError, match="row 4 of 4"):
         dataset[4]
-    with pytest.raises(ValueError, match="rows of one length"):
-        RecallDataset([task(), task(length=97)], rows=4, seed=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_can_be_as_short_as_the_facts_allow(kind):
     pairs = 1 if kind == "passkey" else 7
-    least = RecallTask(kind=kind, pairs=pairs, length=500).least_length
-    assert len(RecallTask(kind=kind, pairs=pairs, length=least).sample(0, 0).ids) == least
+    shortest = RecallTask.shortest(kind=kind, pairs=pairs, vocab_size=512)
+    least = shortest.length
+    assert shortest == RecallTask(kind=kind, pairs=pairs, length=least)
+    assert len(shortest.sample(0, 0).ids) == least
     with pytest.raises(ValueError, match=f"take at least {least} tokens, but length={least - 1}: give a longer row"):
         RecallTask(kind=kind, pairs=pairs, length=least - 1)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny_experiments import QUIET, SECONDS, suite
 
-from mabert.data.recall import PLACES, RecallTask
+from mabert.data.recall import PLACES
 from mabert.experiments.catalogue import cells_of
 from mabert.experiments.causal_architectures import HYBRIDS
 from mabert.experiments.cells import CellStore, run_cells
@@ -22,41 +22,48 @@ SCALE = replace(
         vocab_size=128,
         lengths=(32, 48),
         pairs=(3, 8),
+        lessons=(2,),
+        lesson_steps=2,
         steps=3,
-        batch_size=4,
+        tokens=96,
         seeds=2,
         eval_rows=8,
     ),
 )
 
 
-def test_every_architecture_task_length_and_seed_is_a_cell():
+def test_every_architecture_kind_and_seed_is_a_cell():
     names = [cell.name for cell in Recall(SCALE, QUIET).cells()]
-    assert len(names) == len(set(names)) == len(HYBRIDS) * (3 + 2 + 2) * 2
-    assert "recall/parallel-merge-attention/phonebook@3/48/1" in names
-    assert "recall/sequential/mqar@8/48/0" in names
-    assert "recall/sequential/mqar@8/32/0" not in names, "no room for so many"
-    assert "recall/sequential/passkey/32/0" in names
+    assert len(names) == len(set(names)) == len(HYBRIDS) * 3 * 2
+    assert "recall/parallel-merge-attention/phonebook/1" in names
+    tasks = {kind: [(task.pairs, task.length) for task in SCALE.recall.tasks(kind)] for kind in SCALE.recall.kinds}
+    assert tasks == {
+        "mqar": [(3, 32), (3, 48), (8, 48)],  # eight find no room in 32 tokens
+        "phonebook": [(3, 32), (3, 48)],
+        "passkey": [(1, 32), (1, 48)],
+    }
 
 
 def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
     store = CellStore(tmp_path / "results", tmp_path / "work")
-    task = RecallTask(kind="mqar", length=48, pairs=3, vocab_size=128)
-    cell = Recall(SCALE, QUIET).cell("sequential", "mqar@3", task, 1)
+    cell = Recall(SCALE, QUIET).cell("sequential", "mqar", 1)
     run_cells([cell], store, console=QUIET)
     content = json.loads(store.path(cell).read_text())
-    assert content["config"]["task"] == {
+    assert content["config"]["tasks"][0] == {
         "kind": "mqar",
-        "length": 48,
+        "length": 32,
         "pairs": 3,
         "place": "spread",
         "vocab_size": 128,
     }
     assert content["config"]["run"]["seed"] == 1
     result = content["result"]
-    assert result["accuracy"].keys() == set(PLACES)
-    assert result["probes"].keys() == MEMORIES.keys()
-    assert result["probes"]["both"] == result["accuracy"]["spread"]
+    assert [(asked["pairs"], asked["length"]) for asked in result["asked"]] == [(3, 32), (3, 48), (8, 48)]
+    for asked in result["asked"]:
+        assert asked["accuracy"].keys() == set(PLACES)
+        assert asked["probes"].keys() == MEMORIES.keys()
+        assert asked["probes"]["both"] == asked["accuracy"]["spread"]
+    assert [(lesson["pairs"], lesson["steps"]) for lesson in result["lessons"]] == [(2, 2)]
     assert len(result["losses"]) == 3
 
 
@@ -71,8 +78,9 @@ def test_hybrids_share_the_references_of_transmamba(tmp_path):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_can_ask_what_it_plans(scale):
     recall = SCALES[scale]().recall
-    asked = {(task.kind, task.length) for _, task in recall.settings()}
-    assert asked == {(kind, length) for kind in recall.kinds for length in recall.lengths}
+    for kind in recall.kinds:
+        assert {task.length for task in recall.tasks(kind)} == set(recall.lengths)
+        assert max(recall.lessons) <= max(recall.pairs)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,8 @@ def test_every_scale_can_ask_what_it_plans(scale):
             "recall: rows of 16 tokens have no room for mqar with any of pairs=.4, 16.: give fewer",
         ),
         ({"kinds": ("mqar", "needle")}, "there is no recall task 'needle'"),
+        ({"lessons": (2, 30), "vocab_size": 100}, "mqar with 30 pairs takes a vocabulary of at least 134"),
+        ({"tokens": 0}, "recall.tokens=0 must be at least 1"),
     ],
 )
 def test_scales_that_cannot_be_are_refused(changes, message):

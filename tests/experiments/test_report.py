@@ -338,28 +338,35 @@ def test_schedules_stand_beside_the_published_losses(results: Path) -> None:
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_recall_is_shown_by_place_and_memory_with_what_it_says(results: Path, seeds: int) -> None:
     scores = {"sequential": 0.5, "sequential-attention-first": 0.4, "parallel-gate": 0.9}
-    scale = replace(tiny(), recall=replace(tiny().recall, seeds=seeds))
+    learnt = {"Mamba-2": (False, False), "Transformer": (True, False)}
+    scale = replace(tiny(), recall=replace(tiny().recall, seeds=seeds, kinds=("mqar",)))
     for cell in Recall(scale, Console(quiet=True)).cells():
-        _, model, kind, _, _ = cell.name.split("/")
-        if kind == "mqar@4":
-            score = scores.get(model, 0.3)
-            result = {
-                "accuracy": {"early": 0.1, "middle": 0.2, "late": 0.25, "spread": score},
-                "probes": {"both": score, "recurrent-only": 0.15, "attention-only": 0.35, "none": 0.0},
-            }
-            put(results / "tiny", cell.name, result, cell.config)
+        _, model, _, seed = cell.name.split("/")
+        score = scores.get(model, 0.3)
+        asked = {
+            "length": 64,
+            "pairs": 4,
+            "accuracy": {"early": 0.1, "middle": 0.2, "late": 0.25, "spread": score},
+            "probes": {"both": score, "recurrent-only": 0.15, "attention-only": 0.35, "none": 0.0},
+        }
+        lesson = {"pairs": 2, "length": 11, "loss": 0.1, "steps": 100 + 20 * int(seed)}
+        lesson["is_learnt"] = learnt.get(model, (True, True))[int(seed)]
+        put(results / "tiny", cell.name, {"asked": [asked], "lessons": [lesson]}, cell.config)
     page = report(results)
     spread = " ±0.0%" if seeds > 1 else ""
-    rows = page.rows("Recall by place of the facts · mqar@4")
+    rows = page.rows("Recall by place of the facts · mqar, 4 facts")
     assert rows["sequential"] == [f"{value}{spread}" for value in ("10.0%", "20.0%", "25.0%", "50.0%")]
-    rows = page.rows("Recall through each memory · mqar@4")
+    rows = page.rows("Recall through each memory · mqar, 4 facts")
     assert rows["parallel-gate"] == [f"{value}{spread}" for value in ("90.0%", "15.0%", "35.0%", "0.0%")]
-    text = page.figure("Recall by length · mqar@4")["text"]
-    assert (
-        "the best of 2 sequential ones (sequential) recalls 50.0%, the best of 6 parallel ones (parallel-gate)" in text
-    )
+    rows = page.rows("Lessons · mqar")
+    assert rows["Mamba-2"] == ["never"]
+    assert rows["Transformer"] == ["100" if seeds == 1 else "100 1 of 2"]
+    assert rows["sequential"] == ["100" if seeds == 1 else "110"]
+    text = page.figure("Recall by length · mqar")["text"]
+    assert "mqar, 4 facts: at 64 tokens the best of 2 sequential ones (sequential) recalls 50.0%" in text
+    assert "the best of 6 parallel ones (parallel-gate) 90.0%" in text
     assert ("the parallel one is better" if seeds > 1 else "of one seed each, which says little") in text
-    assert "facts: 4 in 64 tokens" in text
+    assert "lessons with 2 facts of at most 40 steps, then 40 steps on all lengths" in text
 
 
 def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> None:
@@ -466,8 +473,9 @@ def test_drift_is_shown_by_mode_with_its_findings(invented: Page) -> None:
         "Hyperparameters of fine-tuning",
         "Next-token loss while pretraining",
         "Hybrids as language models",
-        "Recall by length · mqar@4",
-        "Recall by place of the facts · phonebook",
+        "Recall by length · mqar",
+        "Lessons · phonebook",
+        "Recall by place of the facts · phonebook, 4 facts",
         "Recall through each memory · passkey",
         "Paraphrases · sequential",
         "TransMamba's Table 6 · Loss by schedule",

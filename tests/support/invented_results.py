@@ -221,12 +221,22 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
                 result["tokens"] = 1_000_000
             put(folder, f"paraphrase/{model}/{text}/0", result)
     for cell in Recall(scale, Console(quiet=True)).cells():
-        accuracy = min(1.0, max(0.0, rng.gauss(0.7, 0.1)))
-        result = {
-            "accuracy": dict.fromkeys(PLACES, accuracy),
-            "probes": {memories: accuracy * (memories != "none") for memories in MEMORIES},
-        }
-        put(folder, cell.name, result, cell.config)
+        asked = []
+        for task in cell.config["tasks"]:
+            accuracy = min(1.0, max(0.0, rng.gauss(0.7, 0.1)))
+            asked.append(
+                {
+                    "length": task["length"],
+                    "pairs": task["pairs"],
+                    "accuracy": dict.fromkeys(PLACES, accuracy),
+                    "probes": {memories: accuracy * (memories != "none") for memories in MEMORIES},
+                }
+            )
+        lessons = [
+            {"pairs": n, "length": 6 * n, "steps": rng.randint(20, 40), "loss": 0.2, "is_learnt": rng.random() < 0.8}
+            for n in cell.config["run"]["lessons"]
+        ]
+        put(folder, cell.name, {"asked": asked, "lessons": lessons}, cell.config)
 
 
 def _efficiency(folder: Path, scale: Scale, rng: random.Random) -> None:

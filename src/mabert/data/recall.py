@@ -7,8 +7,7 @@
 What is generated is a function of (seed, index) alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -78,6 +77,12 @@ class RecallTask:
                 f"but vocab_size={self.vocab_size}."
             )
 
+    @classmethod
+    def shortest(cls, *, kind: str, pairs: int, vocab_size: int) -> "RecallTask":
+        """So many facts and their questions in a row that has room for nothing else."""
+        roomy = cls(kind=kind, length=10**9, pairs=pairs, vocab_size=vocab_size)
+        return replace(roomy, length=roomy.least_length)
+
     @property
     def shape(self) -> Kind:
         """Of its facts."""
@@ -105,25 +110,24 @@ class RecallTask:
         """Row `index` of the stream of a seed; in the tokens of a language, if one is given."""
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, 7], np.uint64), counter=[0, index, 0, 0]))
         cues, answers, filler = self._words(rng)
-        facts = [np.concatenate(fact) for fact in zip(cues, answers, strict=True)]
         asked = rng.permutation(self.pairs)[: self.questions]
-        questions, labels = [], []
-        for fact in asked:
-            questions.append(np.concatenate(([QUESTION], cues[fact], answers[fact])))
-            unasked = np.full(1 + self.shape.cue, IGNORED)
-            labels.append(np.concatenate((unasked, answers[fact])))
+        facts = np.concatenate((cues, answers), axis=1)
+        questions = np.insert(facts[asked], 0, QUESTION, axis=1)
         room = self.length - self.least_length
         between = filler(room)
+        begin = BEGIN
         if language is not None:
             language.check(self)
-            facts, questions = ([language.words[part] for part in parts] for parts in (facts, questions))
+            begin, facts, questions = (language.words[ids] for ids in (begin, facts, questions))
             asked_by = language.words[np.unique(np.concatenate((cues.flatten(), [MARK, QUESTION])))]
             between = language.text_at(rng, room, without=asked_by)
         context = self._laid_out(rng, facts, between)
-        begin = [BEGIN if language is None else language.words[BEGIN]]
-        ids = np.concatenate((begin, context, *questions)).astype(np.int64)
-        is_answer = np.concatenate((np.full(1 + len(context), IGNORED), *labels)) != IGNORED
-        return RecallSample(ids, np.where(is_answer, ids, IGNORED), 1 + len(context))
+        ids = np.concatenate(([begin], context, questions.flatten())).astype(np.int64)
+        labels = np.full(self.length, IGNORED)
+        labels[1 + len(context) :].reshape(questions.shape)[:, 1 + self.shape.cue :] = questions[
+            :, 1 + self.shape.cue :
+        ]
+        return RecallSample(ids, labels, 1 + len(context))
 
     def _words(self, rng: np.random.Generator):
         """Cues (pairs, cue), answers (pairs, answer), and a function that gives so many tokens to stand between."""
@@ -145,18 +149,19 @@ class RecallTask:
         names = np.stack((firsts[chosen // some], lasts[chosen % some]), axis=1)
         return names, answers, lambda n: rng.choice(others, n)
 
-    def _laid_out(self, rng: np.random.Generator, facts: list[np.ndarray], filler: np.ndarray) -> np.ndarray:
-        """Facts and filler in one row, the facts at their place."""
-        room = len(filler)
+    def _laid_out(self, rng: np.random.Generator, facts: np.ndarray, filler: np.ndarray) -> np.ndarray:
+        """Facts (pairs, tokens of a fact) and filler in one row, the facts at their place."""
+        room, (pairs, width) = len(filler), facts.shape
         if self.place == "spread":
-            cuts = np.sort(rng.integers(0, room + 1, len(facts)))
+            cuts = np.sort(rng.integers(0, room + 1, pairs))
         else:
-            cuts = np.full(len(facts), {"early": 0, "middle": room // 2, "late": room}[self.place])
-        pieces, before = [], 0
-        for fact, cut in zip(facts, cuts, strict=True):
-            pieces += [filler[before:cut], fact]
-            before = cut
-        return np.concatenate((*pieces, filler[before:]))
+            cuts = np.full(pairs, {"early": 0, "middle": room // 2, "late": room}[self.place])
+        at = (cuts + width * np.arange(pairs))[:, None] + np.arange(width)
+        is_filler = np.ones(room + facts.size, dtype=bool)
+        is_filler[at] = False
+        row = np.empty(room + facts.size, np.int64)
+        row[at], row[is_filler] = facts, filler
+        return row
 
 
 @dataclass(frozen=True)
@@ -224,15 +229,10 @@ class RecallSample:
 
 
 class RecallDataset(Dataset[dict[str, torch.Tensor]]):
-    """``dataset[index] -> {"input_ids", "labels", "segments"}``, each (length,); segment 1 is that of the questions.
+    """``dataset[index] -> {"input_ids", "labels", "segments"}``, each (length,); segment 1 is that of the questions."""
 
-    Several tasks, of one length, take turns.
-    """
-
-    def __init__(self, tasks: Sequence[RecallTask], rows: int, seed: int, language: Language | None = None) -> None:
-        if len({task.length for task in tasks}) != 1:
-            raise ValueError("the tasks of one dataset must have rows of one length")
-        self.tasks, self.rows, self.seed, self.language = list(tasks), rows, seed, language
+    def __init__(self, task: RecallTask, rows: int, seed: int, language: Language | None = None) -> None:
+        self.task, self.rows, self.seed, self.language = task, rows, seed, language
 
     def __len__(self) -> int:
         return self.rows
@@ -240,7 +240,7 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.rows:
             raise IndexError(f"row {index} of {self.rows}")
-        sample = self.tasks[index % len(self.tasks)].sample(self.seed, index, self.language)
+        sample = self.task.sample(self.seed, index, self.language)
         segments = (np.arange(len(sample.ids)) >= sample.questions_begin).astype(np.int64)
         arrays = {"input_ids": sample.ids, "labels": sample.labels, "segments": segments}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

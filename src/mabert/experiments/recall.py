@@ -1,4 +1,4 @@
-"""Recall: every architecture trained on each task and length, asked by place of the facts, and probed.
+"""Recall: every architecture trained on each kind of task; asked by length, number and place of facts, and probed.
 
 After arXiv 2510.26912, of which the questions are known and not the settings.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from mabert.data.recall import PLACES, RecallTask
 from mabert.experiments.architectures import Vocabulary, encoder_parameters
@@ -31,53 +31,66 @@ class Recall:
     console: Console
 
     def cells(self) -> Iterator[Cell]:
-        """Every kind, length, architecture and seed."""
+        """Every kind, architecture and seed."""
         recall = self.scale.recall
-        for kind, task in recall.settings():
+        for kind in recall.kinds:
             for seed in range(recall.seeds):
                 for name in HYBRIDS:
-                    yield self.cell(name, kind, task, seed)
+                    yield self.cell(name, kind, seed)
 
-    def cell(self, name: str, kind: str, task: RecallTask, seed: int) -> Cell:
-        """One model trained on one task, asked and probed; `kind` is what the cells call it at every length."""
+    def cell(self, name: str, kind: str, seed: int) -> Cell:
+        """One model, trained on a kind of task at every length and number of facts, then asked and probed at each."""
         recall = self.scale.recall
         run = RecallRun(
+            lessons=recall.lessons,
+            lesson_steps=recall.lesson_steps,
             steps=recall.steps,
-            batch_size=recall.batch_size,
+            tokens=recall.tokens,
             learning_rate=recall.learning_rate,
             seed=seed,
             bf16=torch.cuda.is_available(),
         )
         return Cell(
-            name=f"recall/{name}/{kind}/{task.length}/{seed}",
+            name=f"recall/{name}/{kind}/{seed}",
             config={
                 "architecture": name,
                 "size": {field: getattr(recall, field) for field in SIZE},
-                "task": asdict(task),
+                "tasks": [asdict(task) for task in recall.tasks(kind)],
                 "run": asdict(run),
                 "eval_rows": recall.eval_rows,
             },
-            run=partial(self._run, name, task, run),
+            run=partial(self._run, name, kind, run),
         )
 
-    def _run(self, name: str, task: RecallTask, run: RecallRun) -> dict[str, Any]:
+    def _run(self, name: str, kind: str, run: RecallRun) -> dict[str, Any]:
         recall = self.scale.recall
-        config = causal_architecture(name, recall, Vocabulary(recall.vocab_size), longest=task.length)
+        config = causal_architecture(name, recall, Vocabulary(recall.vocab_size))
         set_seed(run.seed)
         model = AutoModelForCausalLM.from_config(config)
 
         def say(line: str) -> None:
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-        losses = train_recall(model, task, run, say)
-        rows = recall.eval_rows
+        training = train_recall(model, recall.tasks(kind), run, say)
         return {
             "parameters": model.num_parameters(),
             "encoder_parameters": encoder_parameters(config),
-            "accuracy": {place: evaluate_recall(model, replace(task, place=place), rows).accuracy for place in PLACES},
-            "probes": {
-                memories: evaluate_recall(model, task, rows, memories=memories).accuracy for memories in MEMORIES
-            },
-            "losses": losses[:: max(1, len(losses) // 50)],
-            "final_loss": sum(losses[-20:]) / len(losses[-20:]),
+            "lessons": [asdict(lesson) for lesson in training.lessons],
+            "losses": training.losses[:: max(1, len(training.losses) // 50)],
+            "asked": [self._asked(model, task) for task in recall.tasks(kind)],
+        }
+
+    def _asked(self, model: PreTrainedModel, task: RecallTask) -> dict[str, Any]:
+        rows = self.scale.recall.eval_rows
+        accuracy = {place: evaluate_recall(model, replace(task, place=place), rows).accuracy for place in PLACES}
+        probes = {
+            memories: evaluate_recall(model, task, rows, memories=memories).accuracy
+            for memories in MEMORIES
+            if memories != "both"
+        }
+        return {
+            "length": task.length,
+            "pairs": task.pairs,
+            "accuracy": accuracy,
+            "probes": {"both": accuracy[task.place]} | probes,
         }

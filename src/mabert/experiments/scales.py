@@ -1,6 +1,5 @@
 """The sizes at which the experiments run: one set of choices each, everything else is the same code."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,20 +87,26 @@ class RecallScale:
     layers: int = 4
     """Mixers of a model; a layer that has two counts twice. Recall takes two layers at least: one that tells a value
     which key stood before it, and one that finds it."""
-    vocab_size: int = 1024
+    vocab_size: int = 512
 
     kinds: tuple[str, ...] = ("mqar", "phonebook", "passkey")
     lengths: tuple[int, ...] = (64, 128, 256, 512)
     pairs: tuple[int, ...] = (4, 16)
     """Facts in a row, as far as they find room."""
-    steps: int = 5_000
-    batch_size: int = 64
+    lessons: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
+    """Facts in the short rows that come before the tasks."""
+    lesson_steps: int = 4_000
+    """The most steps of one lesson."""
+    steps: int = 4_000
+    """After the lessons, on rows of all lengths and numbers of facts in turns."""
+    tokens: int = 8_192
+    """In the rows of a step."""
     learning_rate: float = 2e-3
     seeds: int = 5
     eval_rows: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seeds", "eval_rows"):
+        for name in ("lesson_steps", "steps", "tokens", "seeds", "eval_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1.")
         if self.layers < 4 or self.layers % 2:
@@ -109,29 +114,29 @@ class RecallScale:
                 f"recall.layers={self.layers} must be even and at least 4: half of the models have two mixers in a "
                 "layer, and one layer cannot recall."
             )
-        asked = {(task.kind, task.length) for _, task in self.settings()}
         for kind in self.kinds:
+            asked = {task.length for task in self.tasks(kind)}
             for length in self.lengths:
-                if (kind, length) not in asked:
+                if length not in asked:
                     raise ValueError(
                         f"recall: rows of {length} tokens have no room for {kind} with any of pairs={self.pairs}: give "
                         "fewer facts or longer rows."
                     )
+            for pairs in () if kind == "passkey" else self.lessons:
+                RecallTask.shortest(kind=kind, pairs=pairs, vocab_size=self.vocab_size)
 
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
         return max(self.lengths)
 
-    def settings(self) -> Iterator[tuple[str, RecallTask]]:
-        """Each kind with each number of facts at each length that has room for them; what the first two are called."""
-        for kind in self.kinds:
-            for pairs in (1,) if kind == "passkey" else self.pairs:
-                label = kind if kind == "passkey" else f"{kind}@{pairs}"
-                for length in self.lengths:
-                    longest = RecallTask(kind=kind, length=10**9, pairs=pairs, vocab_size=self.vocab_size)
-                    if longest.least_length <= length:
-                        yield label, replace(longest, length=length)
+    def tasks(self, kind: str) -> list[RecallTask]:
+        """Each number of facts at each length that has room for it."""
+        found = []
+        for pairs in (1,) if kind == "passkey" else self.pairs:
+            shortest = RecallTask.shortest(kind=kind, pairs=pairs, vocab_size=self.vocab_size)
+            found += [replace(shortest, length=length) for length in self.lengths if length >= shortest.length]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +320,16 @@ def tiny() -> Scale:
             timed_points=3,
         ),
         recall=RecallScale(
-            hidden_size=32, vocab_size=256, lengths=(64,), steps=60, batch_size=16, seeds=1, eval_rows=64
+            hidden_size=32,
+            vocab_size=64,
+            lengths=(64,),
+            pairs=(4,),
+            lessons=(2,),
+            lesson_steps=40,
+            steps=40,
+            tokens=768,
+            seeds=1,
+            eval_rows=64,
         ),
         paraphrase=ParaphraseScale(
             models=("sequential",),
@@ -371,7 +385,18 @@ def cpu() -> Scale:
             learning_rate=2e-3,
             timed="mini",
         ),
-        recall=RecallScale(vocab_size=256, kinds=("mqar",), lengths=(64, 128), steps=1_500, batch_size=32, seeds=2),
+        recall=RecallScale(
+            num_attention_heads=4,
+            intermediate_size=128,
+            vocab_size=64,
+            kinds=("mqar",),
+            pairs=(4, 12),
+            lessons=(2, 3, 4, 6, 8, 12),
+            lesson_steps=1_000,
+            steps=600,
+            tokens=1_024,
+            eval_rows=128,
+        ),
         paraphrase=ParaphraseScale(
             models=("sequential",), ratios=(0.25,), orders=("passage-first",), steps=100, seeds=1
         ),

@@ -1,12 +1,14 @@
 """Hybrids: what they recall, by length and place, and through which memory; and their loss as language models."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from mabert.data.recall import PLACES
 from mabert.experiments.causal_architectures import HYBRIDS
 from mabert.experiments.report.captions import at_scale, counted
-from mabert.experiments.report.collect import Record, Results
-from mabert.experiments.report.markup import Column, Entry, Figure, Panel, Row, Section, Table, entry
+from mabert.experiments.report.collect import Measured, Record, Results
+from mabert.experiments.report.markup import DASH, Column, Entry, Figure, Panel, Row, Section, Table, entry
 from mabert.experiments.report.plots import Axis, Series, plot
 from mabert.experiments.report.styles import key, style
 from mabert.models.causal import MEMORIES
@@ -33,9 +35,12 @@ def hybrids(results: Results) -> Section | None:
     trained = {model for model, _ in results.of("causal")}
     if trained & (HYBRIDS.keys() - {"Transformer", "Mamba-2"}):
         blocks.append(_loss_table(results))
-    kinds = dict.fromkeys(kind for _, kind, _, _ in results.of("recall"))
+    kinds = dict.fromkeys(kind for _, kind, _ in results.of("recall"))
     for kind in kinds:
-        blocks += [_length_figure(results, kind), _place_table(results, kind), _probe_table(results, kind)]
+        recall = _Kind(results, kind)
+        blocks += [recall.length_figure(), *([recall.lessons_table()] if recall.found[0].at("lessons") else [])]
+        for pairs in recall.lengths():
+            blocks += [recall.place_table(pairs), recall.probe_table(pairs)]
     return Section("hybrids", "Hybrids and recall", blocks, ABOUT) if blocks else None
 
 
@@ -62,122 +67,164 @@ def _loss_table(results: Results) -> Table:
     return Table("Hybrids as language models", caption, columns, rows, wanted)
 
 
-def _lengths(results: Results, kind: str) -> list[int]:
-    return sorted({int(length) for _, of, length, _ in results.of("recall") if of == kind})
+@dataclass(frozen=True)
+class _Kind:
+    """The cells of one kind of recall task."""
 
+    results: Results
+    kind: str
 
-def _cells(results: Results, model: str, kind: str, length: int) -> list[str]:
-    seeds = sorted({int(seed) for _, of, _, seed in results.of("recall") if of == kind})
-    return [f"recall/{model}/{kind}/{length}/{seed}" for seed in seeds]
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({int(seed) for _, kind, seed in self.results.of("recall") if kind == self.kind})
 
+    def cells(self, model: str) -> list[str]:
+        return [f"recall/{model}/{self.kind}/{seed}" for seed in self.seeds]
 
-def _wanted(results: Results, kind: str) -> list[str]:
-    return [
-        name for model in HYBRIDS for length in _lengths(results, kind) for name in _cells(results, model, kind, length)
-    ]
+    @property
+    def wanted(self) -> list[str]:
+        return [cell for model in HYBRIDS for cell in self.cells(model)]
 
+    @property
+    def found(self) -> list[Record]:
+        return self.results.found(self.wanted)
 
-def _about(results: Results, kind: str) -> str:
-    records = results.found(_wanted(results, kind))
-    tasks = {(record.config["task"]["length"], record.config["task"]["pairs"]) for record in records}
-    facts = ", ".join(f"{pairs} in {length:,} tokens" for length, pairs in sorted(tasks))
-    steps = sorted({record.config["run"]["steps"] for record in records})
-    rows = sorted({record.config["eval_rows"] for record in records})
-    seeds = len({name[3] for name in results.of("recall") if name[1] == kind})
-    return (
-        f"{at_scale(results)}; facts: {facts}; {' or '.join(f'{n:,}' for n in steps)} steps; share of answers that are "
-        f"right in all tokens, on {' or '.join(f'{n:,}' for n in rows)} rows; {counted([seeds], 'seed')}."
-    )
+    def lengths(self) -> dict[int, list[int]]:
+        """The lengths that were asked for with each number of facts."""
+        asked = sorted({(task["pairs"], task["length"]) for record in self.found for task in record.config["tasks"]})
+        return {pairs: [length for of, length in asked if of == pairs] for pairs, _ in asked}
 
+    def titled(self, pairs: int) -> str:
+        return self.kind if pairs == 1 else f"{self.kind}, {pairs} facts"
 
-def _length_figure(results: Results, kind: str) -> Figure:
-    lengths = _lengths(results, kind)
-    series = []
-    for model in HYBRIDS:
-        found = {}
-        for length in lengths:
-            measured = results.measure(
-                _cells(results, model, kind, length), lambda record: record.at("accuracy", "spread")
-            )
-            if measured.is_complete:
-                found[float(length)] = measured.mean_and_spread
-        means, spreads = [mean for mean, _ in found.values()], [spread for _, spread in found.values()]
-        series.append(Series(model, style(model), list(found), means, spreads))
-    svg = plot(
-        f"{results.scale.name}-recall-{kind}",
-        f"Recall of {kind} by length of the row, one line an architecture",
-        series,
-        Axis("tokens in the row", "log", lengths),
-        Axis("answers that are right"),
-    )
-    caption = f"Facts anywhere in the row. {_about(results, kind)} Bars: ± standard deviation over the seeds."
-    legend = key((model, style(model)) for model in HYBRIDS)
-    notes = _findings(results, kind)
-    return Figure(f"Recall by length · {kind}", caption, legend, [Panel("", svg)], _wanted(results, kind), notes)
-
-
-def _findings(results: Results, kind: str) -> list[str]:
-    """Which family of hybrids recalls better at each length, from the numbers."""
-    said: list[str] = []
-    families = {
-        "sequential": [name for name in HYBRIDS if name.startswith("sequential")],
-        "parallel": [name for name in HYBRIDS if name.startswith("parallel")],
-    }
-    for length in _lengths(results, kind):
-        best: dict[str, tuple[str, float, float]] = {}
-        for family, models in families.items():
-            for model in models:
-                cells = _cells(results, model, kind, length)
-                measured = results.measure(cells, lambda record: record.at("accuracy", "spread"))
-                if not measured.is_complete:
-                    return said
-                mean, spread = measured.mean_and_spread
-                if family not in best or mean > best[family][1]:
-                    best[family] = (model, mean, spread or 0.0)
-        (one, first, spread), (other, second, beside) = best["sequential"], best["parallel"]
-        numbers = (
-            f"At {length:,} tokens the best of 2 sequential ones ({one}) recalls {first:.1%}, the best of "
-            f"{len(families['parallel'])} parallel ones ({other}) {second:.1%}, each chosen on the same rows"
+    def about(self) -> str:
+        runs = [record.config["run"] for record in self.found]
+        lessons = ", ".join(map(str, runs[0]["lessons"]))
+        taught = (
+            f"lessons with {lessons} facts of at most {_each(runs, 'lesson_steps')} steps, then " if lessons else ""
         )
-        if len({name[3] for name in results.of("recall") if name[1] == kind}) == 1:
-            said.append(f"{numbers}; of one seed each, which says little.")
-        elif abs(first - second) <= spread + beside or abs(first - second) < 0.01:
-            said.append(f"{numbers}: no difference beyond the deviation of the seeds, or one in a hundred.")
-        else:
-            said.append(f"{numbers}: the {'sequential' if first > second else 'parallel'} one is better.")
-    return said
+        rows = " or ".join(f"{n:,}" for n in sorted({record.config["eval_rows"] for record in self.found}))
+        return (
+            f"{at_scale(self.results)}; {taught}{_each(runs, 'steps')} steps on all lengths and numbers of facts in "
+            f"turns, of {_each(runs, 'tokens')} tokens; share of answers that are right in all tokens, on {rows} rows; "
+            f"{counted([len(self.seeds)], 'seed')}."
+        )
+
+    def measure(self, model: str, pairs: int, length: int, *keys: str) -> Measured:
+        """What was answered to so many facts in such rows, over the seeds."""
+
+        def value(record: Record) -> float:
+            for asked in record.at("asked"):
+                if (asked["pairs"], asked["length"]) == (pairs, length):
+                    return asked[keys[0]][keys[1]]
+            raise ValueError(f"{record.path}: {pairs} facts in {length} tokens are not asked. Run its cell again.")
+
+        return self.results.measure(self.cells(model), value)
+
+    def lessons_table(self) -> Table:
+        """How soon each architecture learnt each lesson."""
+        lessons = self.found[0].at("lessons")
+        columns = [Column(f"{lesson['pairs']}", (f"in {lesson['length']} tokens",)) for lesson in lessons]
+        rows = []
+        for model in HYBRIDS:
+            records = self.results.found(self.cells(model))
+            by_seed = [record.at("lessons") for record in records]
+            rows.append(Row(model, [_learnt(of) for of in zip(*by_seed, strict=True)] or [Entry(DASH)] * len(columns)))
+        caption = (
+            "Steps until the loss of the last 20 was below "
+            f"{_each([record.config['run'] for record in self.found], 'learnt')} nats a token, mean over the seeds "
+            f"that got there; behind it how many did, where not all. {self.about()}"
+        )
+        return Table(f"Lessons · {self.kind}, facts", caption, columns, rows, self.wanted)
+
+    def length_figure(self) -> Figure:
+        """Accuracy by length, one plot for each number of facts."""
+        panels, notes = [], []
+        for pairs, lengths in self.lengths().items():
+            series = []
+            for model in HYBRIDS:
+                measured = {float(n): self.measure(model, pairs, n, "accuracy", "spread") for n in lengths}
+                found = {n: of.mean_and_spread for n, of in measured.items() if of.is_complete}
+                means, spreads = [mean for mean, _ in found.values()], [spread for _, spread in found.values()]
+                series.append(Series(model, style(model), list(found), means, spreads))
+            svg = plot(
+                f"{self.results.scale.name}-recall-{self.kind}-{pairs}",
+                f"Recall of {self.titled(pairs)}, by length of the row, one line an architecture",
+                series,
+                Axis("tokens in the row", "log", lengths),
+                Axis("answers that are right"),
+            )
+            panels.append(Panel(self.titled(pairs), svg))
+            notes += [finding for length in lengths for finding in self.findings(pairs, length)]
+        caption = f"Facts anywhere in the row. {self.about()} Bars: ± standard deviation over the seeds."
+        legend = key((model, style(model)) for model in HYBRIDS)
+        return Figure(f"Recall by length · {self.kind}", caption, legend, panels, self.wanted, notes)
+
+    def findings(self, pairs: int, length: int) -> list[str]:
+        """Which family of hybrids recalls better, from the numbers; nothing while cells are missing."""
+        families = {
+            family: [name for name in HYBRIDS if name.startswith(family)] for family in ("sequential", "parallel")
+        }
+        best: dict[str, tuple[float, float, str]] = {}
+        for family, models in families.items():
+            measured = {model: self.measure(model, pairs, length, "accuracy", "spread") for model in models}
+            if not all(of.is_complete for of in measured.values()):
+                return []
+            scores = [(*of.mean_and_spread, model) for model, of in measured.items()]
+            best[family] = max(((mean, spread or 0.0, model) for mean, spread, model in scores), key=lambda of: of[0])
+        (first, spread, one), (second, beside, other) = best["sequential"], best["parallel"]
+        numbers = (
+            f"{self.titled(pairs)}: at {length:,} tokens the best of {len(families['sequential'])} sequential ones "
+            f"({one}) recalls {first:.1%}, the best of {len(families['parallel'])} parallel ones ({other}) "
+            f"{second:.1%}, each chosen on the same rows"
+        )
+        if len(self.seeds) == 1:
+            return [f"{numbers}; of one seed each, which says little."]
+        if abs(first - second) <= spread + beside or abs(first - second) < 0.01:
+            return [f"{numbers}: no difference beyond the deviation of the seeds, or one in a hundred."]
+        return [f"{numbers}: the {'sequential' if first > second else 'parallel'} one is better."]
+
+    def place_table(self, pairs: int) -> Table:
+        """Accuracy by where the facts stand."""
+        values = {place: ("accuracy", place) for place in PLACES}
+        return self._table(pairs, "Recall by place of the facts", values)
+
+    def probe_table(self, pairs: int) -> Table:
+        """Accuracy by what may pass from the facts to the questions."""
+        values = {title: ("probes", memories) for memories, title in PROBES.items()}
+        about = (
+            "What may pass from the facts to the questions: everything, what the states hold, what attention reaches, "
+            "or nothing. Models were trained with both."
+        )
+        return self._table(pairs, "Recall through each memory", values, about)
+
+    def _table(self, pairs: int, title: str, values: dict[str, tuple[str, str]], about: str = "") -> Table:
+        lengths = self.lengths()[pairs]
+        columns = [Column(f"{length:,}", (what,), "high") for length in lengths for what in values]
+        rows = [
+            Row(
+                model,
+                [
+                    entry(self.measure(model, pairs, length, *keys), ".1%")
+                    for length in lengths
+                    for keys in values.values()
+                ],
+            )
+            for model in HYBRIDS
+        ]
+        caption = " ".join(filter(None, (about, self.about())))
+        return Table(f"{title} · {self.titled(pairs)}", caption, columns, rows, self.wanted)
 
 
-def _place_table(results: Results, kind: str) -> Table:
-    def by_place(place: str) -> Callable[[Record], float]:
-        return lambda record: record.at("accuracy", place)
-
-    return _table(results, kind, f"Recall by place of the facts · {kind}", {place: by_place(place) for place in PLACES})
+def _each(runs: Sequence[dict[str, Any]], field: str) -> str:
+    return " or ".join(f"{value:,}" for value in sorted({run[field] for run in runs}))
 
 
-def _probe_table(results: Results, kind: str) -> Table:
-    def by_probe(memories: str) -> Callable[[Record], float]:
-        return lambda record: record.at("probes", memories)
-
-    values = {title: by_probe(memories) for memories, title in PROBES.items()}
-    about = (
-        "What may pass from the facts to the questions: everything, what the states hold, what attention reaches, or "
-        "nothing. Models were trained with both."
+def _learnt(lessons: Sequence[dict[str, Any]]) -> Entry:
+    """One lesson over the seeds."""
+    steps = [lesson["steps"] for lesson in lessons if lesson["is_learnt"]]
+    if not steps:
+        return Entry("never")
+    return Entry(
+        f"{sum(steps) / len(steps):,.0f}", "" if len(steps) == len(lessons) else f"{len(steps)} of {len(lessons)}"
     )
-    return _table(results, kind, f"Recall through each memory · {kind}", values, about)
-
-
-def _table(
-    results: Results, kind: str, title: str, values: dict[str, Callable[[Record], float]], about: str = ""
-) -> Table:
-    lengths = _lengths(results, kind)
-    columns = [Column(f"{length:,}", (what,), "high") for length in lengths for what in values]
-    rows = []
-    for model in HYBRIDS:
-        entries: list[Entry] = []
-        for length in lengths:
-            cells = _cells(results, model, kind, length)
-            entries += [entry(results.measure(cells, value), ".1%") for value in values.values()]
-        rows.append(Row(model, entries))
-    caption = " ".join(filter(None, (about, _about(results, kind))))
-    return Table(title, caption, columns, rows, _wanted(results, kind))
