@@ -14,6 +14,7 @@ from mabert.data.recall import (
     MARK,
     PLACES,
     QUESTION,
+    CopyTask,
     Language,
     RecallDataset,
     RecallTask,
@@ -127,6 +128,35 @@ def test_a_dataset_has_the_rows_of_a_stream_and_says_where_the_questions_begin()
         dataset[4]
 
 
+class TestCopying:
+    def test_a_piece_comes_twice_and_all_but_its_first_word_is_asked(self):
+        made, pieces = CopyTask(length=25, vocab_size=40), set()
+        for index in range(60):
+            sample = made.sample(3, index)
+            assert sample.ids[0] == BEGIN
+            assert sample.ids[1:].min() >= FIRST + DIGITS
+            piece = 25 - sample.questions_begin
+            pieces.add(piece)
+            assert np.array_equal(sample.ids[-piece:], sample.ids[1 : 1 + piece])
+            labelled = sample.labels != -100
+            assert labelled.tolist() == [False] * (25 - piece + 1) + [True] * (piece - 1)
+            assert np.array_equal(sample.labels[labelled], sample.ids[labelled])
+        assert pieces == set(range(6, 13)), "from a quarter to a half of the row"
+
+    def test_rows_are_different_and_a_function_of_seed_and_index(self):
+        made = CopyTask(length=25, vocab_size=40)
+        rows = {tuple(made.sample(seed, index).ids) for seed in range(2) for index in range(20)}
+        assert len(rows) == 40
+        assert np.array_equal(made.sample(1, 2).ids, made.sample(1, 2).ids)
+
+    def test_there_must_be_room_and_words(self):
+        assert len(CopyTask(length=8).sample(0, 0).ids) == 8
+        with pytest.raises(ValueError, match="length=7 must be at least 8"):
+            CopyTask(length=7)
+        with pytest.raises(ValueError, match="vocab_size=14 must be above 14"):
+            CopyTask(length=8, vocab_size=14)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_can_be_as_short_as_the_facts_allow(kind):
     pairs = 1 if kind == "passkey" else 7
@@ -193,6 +223,17 @@ def test_it_can_be_asked_in_the_tokens_of_a_tokenizer(kind, language):
     fillers = [tuple(spoken.text[i : i + 4]) for i in range(len(spoken.text) - 4)]
     context = sample.ids[1 : sample.questions_begin]
     assert any(tuple(context[i : i + 4]) in fillers for i in range(len(context) - 4)), "real text stands between"
+
+
+def test_copying_in_the_tokens_of_a_tokenizer(language):
+    _, spoken = language
+    made = CopyTask(length=25, vocab_size=40)
+    own, sample = made.sample(0, 0), made.sample(0, 0, spoken)
+    assert np.array_equal(sample.ids, spoken.words[own.ids])
+    assert sample.questions_begin == own.questions_begin
+    assert np.array_equal(sample.labels, np.where(own.labels == -100, -100, sample.ids))
+    with pytest.raises(ValueError, match="vocab_size=512 is over the"):
+        CopyTask(length=25).sample(0, 0, spoken)
 
 
 def test_a_language_that_is_too_small_is_refused(language):

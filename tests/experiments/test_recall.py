@@ -22,6 +22,7 @@ SCALE = replace(
         vocab_size=128,
         lengths=(32, 48),
         pairs=(3, 8),
+        copied=12,
         lessons=(2,),
         lesson_steps=2,
         steps=3,
@@ -63,7 +64,7 @@ def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
         assert asked["accuracy"].keys() == set(PLACES)
         assert asked["probes"].keys() == MEMORIES.keys()
         assert asked["probes"]["both"] == asked["accuracy"]["spread"]
-    assert [(lesson["pairs"], lesson["steps"]) for lesson in result["lessons"]] == [(2, 2)]
+    assert [(lesson["pairs"], lesson["steps"]) for lesson in result["lessons"]] == [(0, 2), (2, 2)]
     assert len(result["losses"]) == 3
 
 
@@ -95,6 +96,7 @@ def test_every_scale_can_ask_what_it_plans(scale):
         ),
         ({"kinds": ("mqar", "needle")}, "there is no recall task 'needle'"),
         ({"lessons": (2, 30), "vocab_size": 100}, "mqar with 30 pairs takes a vocabulary of at least 134"),
+        ({"copied": 7}, "length=7 must be at least 8"),
         ({"tokens": 0}, "recall.tokens=0 must be at least 1"),
     ],
 )

@@ -233,8 +233,14 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
                 }
             )
         lessons = [
-            {"pairs": n, "length": 6 * n, "steps": rng.randint(20, 40), "loss": 0.2, "is_learnt": rng.random() < 0.8}
-            for n in cell.config["run"]["lessons"]
+            {
+                "pairs": n,
+                "length": 6 * n or 24,
+                "steps": rng.randint(20, 40),
+                "loss": 0.2,
+                "is_learnt": rng.random() < 0.8,
+            }
+            for n in (0, *cell.config["run"]["lessons"])
         ]
         put(folder, cell.name, {"asked": asked, "lessons": lessons}, cell.config)
 

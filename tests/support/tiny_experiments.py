@@ -63,6 +63,7 @@ SECONDS = Scale(
         kinds=("mqar",),
         lengths=(48,),
         pairs=(3,),
+        copied=12,
         lessons=(2,),
         lesson_steps=2,
         steps=2,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mabert import HybridConfig, HybridForCausalLM
-from mabert.data.recall import RecallTask
+from mabert.data.recall import CopyTask, RecallTask
 from mabert.training.recall import EVALUATION_SEED, RECENT, WARM_UP, RecallRun, evaluate_recall, train_recall
 
 TASK = RecallTask(kind="passkey", length=24, vocab_size=40)
@@ -76,19 +76,30 @@ class TestLessons:
         assert [(lesson.pairs, lesson.length, lesson.vocab_size) for lesson in lessons] == [(2, 11, 40), (3, 16, 40)]
         assert run().lessons_for(self.MQAR) == []
         assert [lesson.pairs for lesson in run(lessons=(2, 3)).lessons_for(TASK)] == [1], "a text holds one passkey"
+        copying, *others = run(copied=24, lessons=(2, 3)).lessons_for(self.MQAR)
+        assert copying == CopyTask(length=24, vocab_size=40)
+        assert others == lessons
         with pytest.raises(ValueError, match="mqar with 16 pairs takes a vocabulary of at least 78 tokens"):
             run(lessons=(2, 16)).lessons_for(self.MQAR)
 
     def test_one_ends_once_it_is_learnt_and_otherwise_after_its_steps(self):
         said: list[str] = []
-        lessons = train_recall(made(), [self.MQAR], run(lessons=(2, 3), lesson_steps=30, learnt=1e-6), said.append)
-        assert [(lesson.pairs, lesson.steps, lesson.is_learnt) for lesson in lessons.lessons] == [
-            (2, 30, False),
-            (3, 30, False),
-        ]
-        assert "lesson of 2: step 30 of 30, loss " in said[0]
+        choices = {"copied": 24, "lessons": (2, 3), "lesson_steps": 30}
+        lessons = train_recall(made(), [self.MQAR], run(**choices, learnt=1e-6), said.append).lessons
+        given = [(lesson.pairs, lesson.length, lesson.steps, lesson.is_learnt) for lesson in lessons]
+        assert given == [(0, 24, 30, False), (2, 11, 30, False)], "no three facts after two that were not learnt"
+        assert "copying: step 30 of 30, loss " in said[0]
+        assert "lesson of 2: step 30 of 30, loss " in said[1]
         lessons = train_recall(made(), [self.MQAR], run(lessons=(2, 3), lesson_steps=30, learnt=100.0)).lessons
         assert [(lesson.steps, lesson.is_learnt) for lesson in lessons] == [(RECENT, True)] * 2
+
+    def test_copying_is_learnt(self):
+        model = made()
+        choices = {"tokens": 1_000, "learning_rate": 1e-2, "lesson_steps": 500, "steps": 1}
+        (lesson,) = train_recall(model, [self.MQAR], run(copied=24, **choices)).lessons
+        assert lesson.is_learnt
+        assert lesson.steps > 2 * RECENT
+        assert lesson.loss < 0.3
 
     def test_what_was_taught_is_learnt(self):
         model = made()

@@ -4,6 +4,8 @@
 - `phonebook`: names of two tokens with numbers of four digits, and one name asked for.
 - `passkey`: one number of five digits in a monotonous text, and it is asked for.
 
+Before these, a model may learn to copy (`CopyTask`): a text that comes twice.
+
 What is generated is a function of (seed, index) alone.
 """
 
@@ -108,7 +110,7 @@ class RecallTask:
 
     def sample(self, seed: int, index: int, language: "Language | None" = None) -> "RecallSample":
         """Row `index` of the stream of a seed; in the tokens of a language, if one is given."""
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, 7], np.uint64), counter=[0, index, 0, 0]))
+        rng = _stream(seed, index)
         cues, answers, filler = self._words(rng)
         asked = rng.permutation(self.pairs)[: self.questions]
         facts = np.concatenate((cues, answers), axis=1)
@@ -164,6 +166,48 @@ class RecallTask:
         return row
 
 
+@dataclass(frozen=True, kw_only=True)
+class CopyTask:
+    """A piece of random words, other words, and the piece again: each of its words but the first is to be predicted.
+
+    What recall takes is to find where something stood before and to name what came after it. Here nearly half of a row
+    is such questions, and nothing but finding the place helps to answer them.
+
+    Raises:
+        ValueError: the row is shorter than two pieces of two words.
+    """
+
+    length: int
+    """Tokens of a row. A piece has a quarter to a half of them."""
+    vocab_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.length < 8:
+            raise ValueError(
+                f"length={self.length} must be at least 8: a piece of two words twice, and others between."
+            )
+        if self.vocab_size <= FIRST + DIGITS:
+            raise ValueError(f"vocab_size={self.vocab_size} must be above {FIRST + DIGITS}, or there are no words.")
+
+    def sample(self, seed: int, index: int, language: "Language | None" = None) -> "RecallSample":
+        """Row `index` of the stream of a seed; in the words of a language, if one is given."""
+        rng = _stream(seed, index)
+        ids = rng.integers(FIRST + DIGITS, self.vocab_size, self.length)
+        ids[0] = BEGIN
+        piece = int(rng.integers(self.length // 4, (self.length - 1) // 2 + 1))
+        ids[-piece:] = ids[1 : 1 + piece]
+        if language is not None:
+            language.check(self)
+            ids = language.words[ids]
+        labels = np.full(self.length, IGNORED)
+        labels[1 - piece :] = ids[1 - piece :]
+        return RecallSample(ids, labels, self.length - piece)
+
+
+def _stream(seed: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 7], np.uint64), counter=[0, index, 0, 0]))
+
+
 @dataclass(frozen=True)
 class Language:
     """The tokens of a tokenizer in the place of the task's own, and real text between the facts.
@@ -204,7 +248,7 @@ class Language:
         marks = [tokenizer.pad_token_id, tokenizer.cls_token_id, vocabulary.get(".", ends), vocabulary.get(":", ends)]
         return cls(np.concatenate((np.array([*marks, *digits], np.int64), words.astype(np.int64))), text)
 
-    def check(self, task: RecallTask) -> None:
+    def check(self, task: RecallTask | CopyTask) -> None:
         """Raise ValueError where the task has more words than the language, or its rows are longer than the text."""
         if task.vocab_size > len(self.words):
             raise ValueError(f"vocab_size={task.vocab_size} is over the {len(self.words)} words of the language.")
@@ -231,7 +275,7 @@ class RecallSample:
 class RecallDataset(Dataset[dict[str, torch.Tensor]]):
     """``dataset[index] -> {"input_ids", "labels", "segments"}``, each (length,); segment 1 is that of the questions."""
 
-    def __init__(self, task: RecallTask, rows: int, seed: int, language: Language | None = None) -> None:
+    def __init__(self, task: RecallTask | CopyTask, rows: int, seed: int, language: Language | None = None) -> None:
         self.task, self.rows, self.seed, self.language = task, rows, seed, language
 
     def __len__(self) -> int:

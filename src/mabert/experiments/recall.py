@@ -42,6 +42,7 @@ class Recall:
         """One model, trained on a kind of task at every length and number of facts, then asked and probed at each."""
         recall = self.scale.recall
         run = RecallRun(
+            copied=recall.copied,
             lessons=recall.lessons,
             lesson_steps=recall.lesson_steps,
             steps=recall.steps,

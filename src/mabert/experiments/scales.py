@@ -6,7 +6,7 @@ from typing import Any
 from mabert.causal_config import TRANSPOINTS
 from mabert.config import FUSIONS, MaBertConfig
 from mabert.data.paraphrase import Augmentation
-from mabert.data.recall import KINDS, RecallTask
+from mabert.data.recall import KINDS, CopyTask, RecallTask
 
 PATTERNS = (
     "MMMMMMMMMMMM",
@@ -82,19 +82,21 @@ class RecallScale:
     """How large the models are that learn to recall, how they are trained, and what they are asked."""
 
     hidden_size: int = 64
-    num_attention_heads: int = 2
+    num_attention_heads: int = 4
     intermediate_size: int = 256
     layers: int = 4
     """Mixers of a model; a layer that has two counts twice. Recall takes two layers at least: one that tells a value
     which key stood before it, and one that finds it."""
-    vocab_size: int = 512
+    vocab_size: int = 128
 
     kinds: tuple[str, ...] = ("mqar", "phonebook", "passkey")
     lengths: tuple[int, ...] = (64, 128, 256, 512)
     pairs: tuple[int, ...] = (4, 16)
     """Facts in a row, as far as they find room."""
+    copied: int = 48
+    """Tokens in the rows of the first lesson, in which a text comes twice; 0 for no such lesson."""
     lessons: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
-    """Facts in the short rows that come before the tasks."""
+    """Facts in the rows of the lessons after it, which hold nothing else."""
     lesson_steps: int = 4_000
     """The most steps of one lesson."""
     steps: int = 4_000
@@ -122,6 +124,8 @@ class RecallScale:
                         f"recall: rows of {length} tokens have no room for {kind} with any of pairs={self.pairs}: give "
                         "fewer facts or longer rows."
                     )
+            if self.copied:
+                CopyTask(length=self.copied, vocab_size=self.vocab_size)
             for pairs in () if kind == "passkey" else self.lessons:
                 RecallTask.shortest(kind=kind, pairs=pairs, vocab_size=self.vocab_size)
 
@@ -324,6 +328,7 @@ def tiny() -> Scale:
             vocab_size=64,
             lengths=(64,),
             pairs=(4,),
+            copied=24,
             lessons=(2,),
             lesson_steps=40,
             steps=40,
@@ -386,14 +391,12 @@ def cpu() -> Scale:
             timed="mini",
         ),
         recall=RecallScale(
-            num_attention_heads=4,
             intermediate_size=128,
-            vocab_size=64,
+            vocab_size=128,
             kinds=("mqar",),
-            pairs=(4, 12),
-            lessons=(2, 3, 4, 6, 8, 12),
-            lesson_steps=1_000,
-            steps=600,
+            lengths=(128, 256, 512, 1024),
+            lesson_steps=1_500,
+            steps=400,
             tokens=1_024,
             eval_rows=128,
         ),

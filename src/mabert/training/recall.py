@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedModel
 
 from mabert.data.mlm import IGNORED
-from mabert.data.recall import Language, RecallDataset, RecallTask, answers_right
+from mabert.data.recall import CopyTask, Language, RecallDataset, RecallTask, answers_right
 from mabert.inference.loading import default_device
 from mabert.training.optim import adamw
 
@@ -33,13 +33,15 @@ class RecallRun:
     """How a model is trained on recall.
 
     Trained on long rows with many facts from the start, a model gives some value of the row and never finds out which
-    one is asked for. So lessons come first: few facts, then more, in rows that hold nothing else.
+    one is asked for. So lessons come first: to copy, then few facts, then more, in rows that hold nothing else.
     """
 
+    copied: int = 0
+    """Tokens in the rows of a first lesson, in which a text comes twice; 0 for no such lesson."""
     lessons: tuple[int, ...] = ()
     """Facts in the rows of each lesson."""
     lesson_steps: int = 1_000
-    """The most steps of one lesson."""
+    """The most steps of one lesson. After one with facts that was not learnt there are no others."""
     learnt: float = 0.3
     """The loss, in nats a token, at which a lesson ends before that."""
     steps: int
@@ -58,14 +60,15 @@ class RecallRun:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
 
-    def lessons_for(self, task: RecallTask) -> list[RecallTask]:
-        """The lessons before a task: its facts in the shortest rows that hold so many.
+    def lessons_for(self, task: RecallTask) -> list[RecallTask | CopyTask]:
+        """The lessons before a task: copying, then its facts in the shortest rows that hold so many.
 
         Raises:
-            ValueError: the vocabulary is too small for the facts of a lesson.
+            ValueError: the vocabulary is too small for the facts of a lesson, or a row for a text that comes twice.
         """
+        copying = [CopyTask(length=self.copied, vocab_size=task.vocab_size)] if self.copied else []
         numbers = (1,) if task.kind == "passkey" and self.lessons else self.lessons
-        return [RecallTask.shortest(kind=task.kind, pairs=n, vocab_size=task.vocab_size) for n in numbers]
+        return copying + [RecallTask.shortest(kind=task.kind, pairs=n, vocab_size=task.vocab_size) for n in numbers]
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Lesson:
     """What became of a lesson."""
 
     pairs: int
+    """Facts in a row; 0 where a text was copied."""
     length: int
     steps: int
     loss: float
@@ -85,6 +89,7 @@ class RecallTraining:
     """What a training on recall left beside the model."""
 
     lessons: list[Lesson]
+    """Those that were given."""
     losses: list[float]
     """Of the steps after the lessons."""
 
@@ -108,8 +113,11 @@ def train_recall(
     if len({(task.kind, task.vocab_size) for task in tasks}) != 1:
         raise ValueError("tasks must be at least one, all of one kind and vocabulary.")
     pupil = _Pupil(model, run, report)
-    lessons = [pupil.taught(lesson) for lesson in run.lessons_for(tasks[0])]
-    losses = []
+    lessons, losses = [], []
+    for lesson in run.lessons_for(tasks[0]):
+        lessons.append(pupil.taught(lesson))
+        if lessons[-1].pairs and not lessons[-1].is_learnt:
+            break
     for step in range(run.steps):
         decay = 0.5 + 0.5 * math.cos(math.pi * step / run.steps)
         losses.append(pupil.step(tasks[step % len(tasks)], decay))
@@ -127,7 +135,7 @@ class _Pupil:
         self.steps = self.rows = 0
         self.began = self.said = time.monotonic()
 
-    def step(self, task: RecallTask, decay: float = 1.0) -> float:
+    def step(self, task: RecallTask | CopyTask, decay: float = 1.0) -> float:
         """One step on fresh rows of a task; give its loss."""
         end = self.rows + max(1, self.run.tokens // task.length)
         stream = RecallDataset(task, end, self.run.seed)
@@ -147,17 +155,19 @@ class _Pupil:
         self.optimizer.zero_grad(set_to_none=True)
         return value
 
-    def taught(self, task: RecallTask) -> Lesson:
+    def taught(self, task: RecallTask | CopyTask) -> Lesson:
         """Steps on a task until it is learnt, or there were enough of them."""
         losses: deque[float] = deque(maxlen=RECENT)
+        pairs = task.pairs if isinstance(task, RecallTask) else 0
+        name = f"lesson of {pairs}" if pairs else "copying"
         for step in range(1, self.run.lesson_steps + 1):
             losses.append(self.step(task))
             loss = sum(losses) / len(losses)
             is_learnt = len(losses) == RECENT and loss < self.run.learnt
-            self.say(f"lesson of {task.pairs}", step, self.run.lesson_steps, loss, ended=is_learnt)
+            self.say(name, step, self.run.lesson_steps, loss, ended=is_learnt)
             if is_learnt:
                 break
-        return Lesson(task.pairs, task.length, step, loss, is_learnt)
+        return Lesson(pairs, task.length, step, loss, is_learnt)
 
     def say(self, what: str, step: int, steps: int, loss: float, ended: bool = False) -> None:
         """Report how far this part is, every ten seconds and at its end."""

@@ -99,10 +99,8 @@ class _Kind:
 
     def about(self) -> str:
         runs = [record.config["run"] for record in self.found]
-        lessons = ", ".join(map(str, runs[0]["lessons"]))
-        taught = (
-            f"lessons with {lessons} facts of at most {_each(runs, 'lesson_steps')} steps, then " if lessons else ""
-        )
+        has_lessons = any(run["copied"] or run["lessons"] for run in runs)
+        taught = f"lessons of at most {_each(runs, 'lesson_steps')} steps, then " if has_lessons else ""
         rows = " or ".join(f"{n:,}" for n in sorted({record.config["eval_rows"] for record in self.found}))
         return (
             f"{at_scale(self.results)}; {taught}{_each(runs, 'steps')} steps on all lengths and numbers of facts in "
@@ -123,19 +121,25 @@ class _Kind:
 
     def lessons_table(self) -> Table:
         """How soon each architecture learnt each lesson."""
-        lessons = self.found[0].at("lessons")
-        columns = [Column(f"{lesson['pairs']}", (f"in {lesson['length']} tokens",)) for lesson in lessons]
+        columns: dict[int, Column] = {}
+        learnt: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for model in HYBRIDS:
+            for record in self.results.found(self.cells(model)):
+                for lesson in record.at("lessons"):
+                    pairs, where = lesson["pairs"], f"in {lesson['length']} tokens"
+                    columns[pairs] = Column(counted([pairs], "fact") if pairs else "copying", (where,))
+                    learnt.setdefault((model, pairs), []).append(lesson)
         rows = []
         for model in HYBRIDS:
-            records = self.results.found(self.cells(model))
-            by_seed = [record.at("lessons") for record in records]
-            rows.append(Row(model, [_learnt(of) for of in zip(*by_seed, strict=True)] or [Entry(DASH)] * len(columns)))
+            seeds = len(self.results.found(self.cells(model)))
+            entries = [_learnt(learnt.get((model, pairs), []), seeds) for pairs in sorted(columns)]
+            rows.append(Row(model, entries if seeds else [Entry(DASH)] * len(columns)))
         caption = (
             "Steps until the loss of the last 20 was below "
             f"{_each([record.config['run'] for record in self.found], 'learnt')} nats a token, mean over the seeds "
             f"that got there; behind it how many did, where not all. {self.about()}"
         )
-        return Table(f"Lessons · {self.kind}, facts", caption, columns, rows, self.wanted)
+        return Table(f"Lessons · {self.kind}", caption, [columns[n] for n in sorted(columns)], rows, self.wanted)
 
     def length_figure(self) -> Figure:
         """Accuracy by length, one plot for each number of facts."""
@@ -220,11 +224,9 @@ def _each(runs: Sequence[dict[str, Any]], field: str) -> str:
     return " or ".join(f"{value:,}" for value in sorted({run[field] for run in runs}))
 
 
-def _learnt(lessons: Sequence[dict[str, Any]]) -> Entry:
-    """One lesson over the seeds."""
+def _learnt(lessons: Sequence[dict[str, Any]], seeds: int) -> Entry:
+    """One lesson, as far as the models of these seeds got to it."""
     steps = [lesson["steps"] for lesson in lessons if lesson["is_learnt"]]
     if not steps:
-        return Entry("never")
-    return Entry(
-        f"{sum(steps) / len(steps):,.0f}", "" if len(steps) == len(lessons) else f"{len(steps)} of {len(lessons)}"
-    )
+        return Entry("not learnt" if lessons else "not given")
+    return Entry(f"{sum(steps) / len(steps):,.0f}", "" if len(steps) == seeds else f"{len(steps)} of {seeds}")
