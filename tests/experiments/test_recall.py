@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny_experiments import QUIET, SECONDS, suite
 
-from mabert.data.recall import PLACES
+from mabert.data.recall import KINDS, PLACES
 from mabert.experiments.catalogue import cells_of
 from mabert.experiments.causal_architectures import HYBRIDS
 from mabert.experiments.cells import CellStore, run_cells
@@ -16,20 +16,7 @@ from mabert.models.causal import MEMORIES
 
 SCALE = replace(
     SECONDS,
-    recall=RecallScale(
-        hidden_size=16,
-        intermediate_size=64,
-        vocab_size=128,
-        lengths=(32, 48),
-        pairs=(3, 8),
-        copied=12,
-        lessons=(2,),
-        lesson_steps=2,
-        steps=3,
-        tokens=96,
-        seeds=2,
-        eval_rows=8,
-    ),
+    recall=replace(SECONDS.recall, kinds=tuple(KINDS), lengths=(32, 48), pairs=(3, 8), steps=3, seeds=2, eval_rows=8),
 )
 
 

@@ -126,9 +126,8 @@ class RecallTask:
         context = self._laid_out(rng, facts, between)
         ids = np.concatenate(([begin], context, questions.flatten())).astype(np.int64)
         labels = np.full(self.length, IGNORED)
-        labels[1 + len(context) :].reshape(questions.shape)[:, 1 + self.shape.cue :] = questions[
-            :, 1 + self.shape.cue :
-        ]
+        answer = slice(1 + self.shape.cue, None)
+        labels[1 + len(context) :].reshape(questions.shape)[:, answer] = questions[:, answer]
         return RecallSample(ids, labels, 1 + len(context))
 
     def _words(self, rng: np.random.Generator):

@@ -41,16 +41,7 @@ class Recall:
     def cell(self, name: str, kind: str, seed: int) -> Cell:
         """One model, trained on a kind of task at every length and number of facts, then asked and probed at each."""
         recall = self.scale.recall
-        run = RecallRun(
-            copied=recall.copied,
-            lessons=recall.lessons,
-            lesson_steps=recall.lesson_steps,
-            steps=recall.steps,
-            tokens=recall.tokens,
-            learning_rate=recall.learning_rate,
-            seed=seed,
-            bf16=torch.cuda.is_available(),
-        )
+        run = replace(recall.run(seed), bf16=torch.cuda.is_available())
         return Cell(
             name=f"recall/{name}/{kind}/{seed}",
             config={

@@ -6,7 +6,8 @@ from typing import Any
 from mabert.causal_config import TRANSPOINTS
 from mabert.config import FUSIONS, MaBertConfig
 from mabert.data.paraphrase import Augmentation
-from mabert.data.recall import KINDS, CopyTask, RecallTask
+from mabert.data.recall import KINDS, RecallTask
+from mabert.training.recall import RecallRun
 
 PATTERNS = (
     "MMMMMMMMMMMM",
@@ -124,15 +125,24 @@ class RecallScale:
                         f"recall: rows of {length} tokens have no room for {kind} with any of pairs={self.pairs}: give "
                         "fewer facts or longer rows."
                     )
-            if self.copied:
-                CopyTask(length=self.copied, vocab_size=self.vocab_size)
-            for pairs in () if kind == "passkey" else self.lessons:
-                RecallTask.shortest(kind=kind, pairs=pairs, vocab_size=self.vocab_size)
+            self.run().lessons_for(self.tasks(kind)[0])  # which are refused where there are too few words
 
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
         return max(self.lengths)
+
+    def run(self, seed: int = 0) -> RecallRun:
+        """How a model of a seed is trained."""
+        return RecallRun(
+            copied=self.copied,
+            lessons=self.lessons,
+            lesson_steps=self.lesson_steps,
+            steps=self.steps,
+            tokens=self.tokens,
+            learning_rate=self.learning_rate,
+            seed=seed,
+        )
 
     def tasks(self, kind: str) -> list[RecallTask]:
         """Each number of facts at each length that has room for it."""

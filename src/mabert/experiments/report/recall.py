@@ -108,13 +108,13 @@ class _Kind:
             f"{counted([len(self.seeds)], 'seed')}."
         )
 
-    def measure(self, model: str, pairs: int, length: int, *keys: str) -> Measured:
+    def measure(self, model: str, pairs: int, length: int, what: str, which: str) -> Measured:
         """What was answered to so many facts in such rows, over the seeds."""
 
         def value(record: Record) -> float:
             for asked in record.at("asked"):
                 if (asked["pairs"], asked["length"]) == (pairs, length):
-                    return asked[keys[0]][keys[1]]
+                    return asked[what][which]
             raise ValueError(f"{record.path}: {pairs} facts in {length} tokens are not asked. Run its cell again.")
 
         return self.results.measure(self.cells(model), value)
