@@ -13,6 +13,7 @@ from mabert.experiments.cells import CellStore, run_cells
 from mabert.experiments.recall import Recall
 from mabert.experiments.scales import SCALES, RecallScale
 from mabert.models.causal import MEMORIES
+from mabert.training.recall import RecallRun
 
 SCALE = replace(
     SECONDS,
@@ -61,6 +62,22 @@ def test_hybrids_share_the_references_of_transmamba(tmp_path):
     assert {f"causal/{name}/0" for name in HYBRIDS} <= names
     both = cells_of(["hybrids", "transpoints"], ours)
     assert sum(cell.name == "causal/Transformer/0" for cell in both) == 1
+
+
+def test_every_choice_of_training_reaches_the_run():
+    choices = {
+        "copied": 20,
+        "lessons": (2, 3),
+        "lesson_steps": 7,
+        "steps": 5,
+        "tokens": 99,
+        "learning_rate": 0.5,
+    }
+    assert RecallScale(**choices).run(3) == RecallRun(**choices, seed=3)
+    changed = replace(SCALE, recall=replace(SCALE.recall, **choices))
+    run = Recall(changed, QUIET).cell("sequential", "mqar", 3).config["run"]
+    assert {name: run[name] for name in choices} == choices
+    assert run["seed"] == 3
 
 
 @pytest.mark.parametrize("scale", SCALES)
