@@ -7,13 +7,15 @@ import pytest
 from tiny_experiments import QUIET, SECONDS, suite
 
 from mabert.data.recall import KINDS, PLACES
+from mabert.experiments import recall
+from mabert.experiments.architectures import encoder_parameters
 from mabert.experiments.catalogue import cells_of
 from mabert.experiments.causal_architectures import HYBRIDS
 from mabert.experiments.cells import CellStore, run_cells
 from mabert.experiments.recall import Recall
 from mabert.experiments.scales import SCALES, RecallScale
 from mabert.models.causal import MEMORIES
-from mabert.training.recall import RecallRun
+from mabert.training.recall import RecallRun, RecallTraining
 
 SCALE = replace(
     SECONDS,
@@ -80,6 +82,20 @@ def test_every_choice_of_training_reaches_the_run():
     assert run["seed"] == 3
 
 
+def test_a_scale_says_how_much_a_state_holds(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recall, "train_recall", lambda model, *_: trained.append(model) or RecallTraining([], []))
+    for state_size in (None, 3):
+        scale = replace(SCALE, recall=replace(SCALE.recall, state_size=state_size))
+        cell = Recall(scale, QUIET).cell("Mamba-2", "passkey", 0)
+        assert cell.config["size"]["state_size"] == state_size
+        run_cells([cell], CellStore(tmp_path / str(state_size), tmp_path / "work"), console=QUIET)
+    default, given = (model.config for model in trained)
+    assert default.state_size == default.hidden_size // default.num_attention_heads
+    assert given.state_size == 3
+    assert encoder_parameters(given) == pytest.approx(encoder_parameters(default), rel=0.02)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_can_ask_what_it_plans(scale):
     recall = SCALES[scale]().recall
@@ -102,6 +118,7 @@ def test_every_scale_can_ask_what_it_plans(scale):
         ({"lessons": (2, 30), "vocab_size": 100}, "mqar with 30 pairs takes a vocabulary of at least 134"),
         ({"copied": 7}, "length=7 must be at least 8"),
         ({"tokens": 0}, "recall.tokens=0 must be at least 1"),
+        ({"state_size": 0}, "recall.state_size=0 must be at least 1"),
     ],
 )
 def test_scales_that_cannot_be_are_refused(changes, message):

@@ -69,7 +69,11 @@ def transmamba_name(schedule: str) -> str:
 
 
 def causal_architecture(
-    name: str, size: CausalSize, vocabulary: Vocabulary | None = None, longest: int | None = None
+    name: str,
+    size: CausalSize,
+    vocabulary: Vocabulary | None = None,
+    longest: int | None = None,
+    state_size: int | None = None,
 ) -> PreTrainedConfig:
     """The config of a causal language model: TransMamba-V1 to -V9, or a name of `CAUSAL_REFERENCES` or `HYBRIDS`.
 
@@ -77,6 +81,7 @@ def causal_architecture(
 
     Args:
         longest: tokens of the longest sequence, of which a schedule's TransPoints are shares; by default the size's.
+        state_size: of the hybrids' Mamba-2; by default as wide as attention's heads.
 
     Raises:
         ValueError: there is none of that name, or it cannot be made so small.
@@ -118,7 +123,7 @@ def causal_architecture(
             pattern=pattern,
             fusion=hybrid.fusion,
             mamba_head_size=width,
-            state_size=width,
+            state_size=state_size or width,
         )
 
     target, step = encoder_parameters(transmamba("V9")), max(1, size.hidden_size // 32)

@@ -20,7 +20,7 @@ from mabert.experiments.scales import Scale
 from mabert.models.causal import MEMORIES
 from mabert.training.recall import RecallRun, evaluate_recall, train_recall
 
-SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers")
+SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers", "state_size")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Recall:
 
     def _run(self, name: str, kind: str, run: RecallRun) -> dict[str, Any]:
         recall = self.scale.recall
-        config = causal_architecture(name, recall, Vocabulary(recall.vocab_size))
+        config = causal_architecture(name, recall, Vocabulary(recall.vocab_size), state_size=recall.state_size)
         set_seed(run.seed)
         model = AutoModelForCausalLM.from_config(config)
 

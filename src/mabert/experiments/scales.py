@@ -88,6 +88,8 @@ class RecallScale:
     layers: int = 4
     """Mixers of a model; a layer that has two counts twice. Recall takes two layers at least: one that tells a value
     which key stood before it, and one that finds it."""
+    state_size: int | None = None
+    """Of Mamba-2; by default as wide as a head of attention. The smaller, the fewer facts a state holds."""
     vocab_size: int = 128
 
     kinds: tuple[str, ...] = ("mqar", "phonebook", "passkey")
@@ -112,6 +114,8 @@ class RecallScale:
         for name in ("lesson_steps", "steps", "tokens", "seeds", "eval_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1.")
+        if self.state_size is not None and self.state_size < 1:
+            raise ValueError(f"recall.state_size={self.state_size} must be at least 1.")
         if self.layers < 4 or self.layers % 2:
             raise ValueError(
                 f"recall.layers={self.layers} must be even and at least 4: half of the models have two mixers in a "
@@ -402,13 +406,17 @@ def cpu() -> Scale:
         ),
         recall=RecallScale(
             intermediate_size=128,
+            state_size=8,
             vocab_size=128,
             kinds=("mqar",),
             lengths=(128, 256, 512, 1024),
-            lesson_steps=1_500,
+            pairs=(4, 28),
+            lessons=(2, 4, 8, 16, 28),
+            lesson_steps=2_000,
             steps=400,
-            tokens=1_024,
-            eval_rows=128,
+            tokens=2_048,
+            learning_rate=1e-3,
+            eval_rows=64,
         ),
         paraphrase=ParaphraseScale(
             models=("sequential",), ratios=(0.25,), orders=("passage-first",), steps=100, seeds=1
