@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# A file's tests stay in one process, for what they share is made once a file.
+TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 COMPILED := $(wildcard CMakeLists.txt) $(shell find src -name "*.cpp" -o -name "*.h")
 
 .DEFAULT_GOAL := help
@@ -14,7 +16,7 @@ demo: $(INSTALLED) ## text to a fine-tuned classifier on this machine, in minute
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## the default test suite
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-slow: $(INSTALLED) ## the tests that take minutes: kills and resumes, several processes
 	$(BIN)/python -m pytest -m "slow and not gpu"
@@ -44,7 +46,7 @@ check: $(INSTALLED) ## the gate: format, lint, types, floors, paper index, tests
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/paper_index.py --check
 	$(BIN)/python scripts/render_results.py --check
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 format: $(INSTALLED) ## let ruff format and repair what it can
 	$(BIN)/ruff format .

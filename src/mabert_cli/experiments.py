@@ -68,7 +68,7 @@ def experiment(
     Example: [bold]mabert experiment patterns drift --scale tiny --max-minutes 10[/]
     """
     from mabert.experiments.catalogue import EXPERIMENTS, Suite, cells_of
-    from mabert.experiments.cells import CellStore
+    from mabert.experiments.cells import CellStore, matching
     from mabert.experiments.finetuning import Finetuning
     from mabert.experiments.pretraining import Pretraining
     from mabert.experiments.sources import Sources
@@ -82,11 +82,11 @@ def experiment(
     store = CellStore(results / chosen.name, work / chosen.name)
     sources = Sources(chosen, store.work, data)
     suite = Suite(chosen, Pretraining(sources, store.work, errors), Finetuning(sources, store, errors))
-    cells = cells_of(wanted, suite)
+    cells = matching(cells_of(wanted, suite), only or ())
     if dry_run:
         show(chosen, cells, store)
         return
-    compute(cells, store, only, max_minutes, jobs, helper)
+    compute(cells, store, max_minutes, jobs, helper)
 
 
 def glue(
@@ -108,7 +108,7 @@ def glue(
 
     Example: [bold]mabert glue runs/tiny runs/other --data data --scale tiny tasks=CoLA,RTE[/]
     """
-    from mabert.experiments.cells import CellStore
+    from mabert.experiments.cells import CellStore, matching
     from mabert.experiments.finetuning import Finetuning
     from mabert.experiments.glue import checkpoints_of, glue_cells, score_table
     from mabert.experiments.sources import Sources
@@ -118,10 +118,11 @@ def glue(
     finetuning = Finetuning(Sources(chosen, work, data), store, errors)
     checkpoints = checkpoints_of([Path(name) for name in models if "=" not in name])
     cells = glue_cells(finetuning, checkpoints)
+    asked = matching(cells, only or ())
     if dry_run:
-        show(chosen, cells, store)
+        show(chosen, asked, store)
         return
-    compute(cells, store, only, max_minutes, jobs, helper)
+    compute(asked, store, max_minutes, jobs, helper)
     if not helper and all(map(store.is_finished, cells)):
         header, *rows = score_table(finetuning, checkpoints)
         grid = Table(*header, box=None, pad_edge=False)
@@ -168,7 +169,6 @@ def kinds(cells: list["Cell"]) -> Iterator[tuple[str, int]]:
 def compute(
     cells: list["Cell"],
     store: "CellStore",
-    only: list[str] | None,
     max_minutes: float | None,
     jobs: int | None,
     helper: bool,
@@ -188,7 +188,7 @@ def compute(
     try:
         with helpers(0 if helper else jobs - 1, store.work, jobs):
             minutes = None if helper else max_minutes  # the first process ends its helpers
-            run_cells(cells, store, only=only or (), max_minutes=minutes, include_alone=not helper, console=errors)
+            run_cells(cells, store, max_minutes=minutes, include_alone=not helper, console=errors)
     except CellsFailedError as failure:
         errors.print(f"[bold red]Error:[/] [red]{escape(str(failure))}[/]", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from failure

@@ -80,6 +80,9 @@ def test_a_dry_run_shows_the_scale_and_counts_the_cells(tmp_path: Path) -> None:
         assert kind in shown.output
     assert "0 of them finished" in plain(shown.output)
     assert not (tmp_path / "work").exists()
+    some = run(*arguments(tmp_path, "all"), "--dry-run", "--only", "drift/")
+    assert "drift" in some.output
+    assert "comparisons" not in some.output
 
 
 @pytest.mark.parametrize(

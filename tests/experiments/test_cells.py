@@ -1,5 +1,6 @@
 """Cells: computed once, resumed, shared among processes, stopped in time."""
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from mabert.experiments import cells
-from mabert.experiments.cells import Cell, CellsFailedError, CellStore, ExperimentStoppedError, run_cells
+from mabert.experiments.cells import Cell, CellsFailedError, CellStore, ExperimentStoppedError, matching, run_cells
 
 QUIET = Console(quiet=True)
 
@@ -120,7 +121,7 @@ def test_timing_comes_last_and_not_in_a_helper(store):
 
 
 @pytest.mark.parametrize(
-    ("only", "ran"),
+    ("only", "matched"),
     [
         (["bert/"], ["x/bert/1", "x/bert/2"]),
         (["*/1"], ["x/bert/1", "y/bert~1/1"]),
@@ -131,21 +132,34 @@ def test_timing_comes_last_and_not_in_a_helper(store):
         ([], ["x/bert/1", "x/bert/2", "y/bert~1/1", "finetuning/2"]),
     ],
 )
-def test_only_takes_texts_at_the_beginning_of_a_part_and_patterns(store, only, ran):
-    counter = Counter()
+def test_only_takes_texts_at_the_beginning_of_a_part_and_patterns(only, matched):
     names = ("x/bert/1", "x/bert/2", "y/bert~1/1", "finetuning/2")
-    cells = [counter.cell(name) for name in names]
-    if ran:
-        run_cells(cells, store, only=only, console=QUIET)
+    cells = [Counter().cell(name) for name in names]
+    if matched:
+        assert [cell.name for cell in matching(cells, only)] == matched
     else:
         with pytest.raises(ValueError, match="no cell matches"):
-            run_cells(cells, store, only=only, console=QUIET)
-    assert counter.ran == ran
+            matching(cells, only)
 
 
-def test_an_only_that_fits_nothing_is_refused(store):
+def test_an_only_that_fits_nothing_is_refused():
     with pytest.raises(ValueError, match="no cell matches 'BRET'; there are x/bert"):
-        run_cells([Counter().cell("x/bert")], store, only=["BRET"], console=QUIET)
+        matching([Counter().cell("x/bert")], ["BRET"])
+
+
+def test_files_deleted_meanwhile_are_counted(store):
+    counter, output = Counter(), io.StringIO()
+    finished = [counter.cell(f"x/{n}") for n in (1, 2)]
+    run_cells(finished, store, console=QUIET)
+
+    def delete():
+        for cell in finished:
+            store.path(cell).unlink()
+        return {}
+
+    run_cells([*finished, Cell("x/3", {}, delete)], store, console=Console(file=output, width=80))
+    told = [line.partition("]")[0] for line in output.getvalue().splitlines() if line.startswith("[")]
+    assert told == ["[1 of 1", "[1 of 2", "[2 of 2"]
 
 
 def test_the_end_of_the_time_stops_within_a_cell_and_leaves_the_rest(store):

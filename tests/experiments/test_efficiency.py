@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mabert.experiments import fresh_process
 from mabert.experiments.architectures import BASELINES
-from mabert.experiments.cells import CellStore, run_cells
+from mabert.experiments.cells import CellStore, matching, run_cells
 from mabert.experiments.efficiency import (
     MODELS,
     Headline,
@@ -95,7 +95,7 @@ def test_a_cell_runs_in_a_process_of_its_own_and_is_not_run_again(tmp_path, monk
 
     monkeypatch.setattr(fresh_process.subprocess, "Popen", counted)
     for _ in range(2):
-        run_cells(cells, store, only=[name], console=QUIET)
+        run_cells(matching(cells, [name]), store, console=QUIET)
         assert sum("mabert.experiments.timing" in command for command in started) == 1
     content = json.loads((tmp_path / "results" / f"{name}.json").read_text())
     result = content["result"]

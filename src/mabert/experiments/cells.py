@@ -151,38 +151,44 @@ class CellStore:
             yield file is not None
 
 
+def matching(cells: Sequence[Cell], only: Collection[str]) -> list[Cell]:
+    """The cells with a part of whose name (parts are between slashes) one of these texts begins, or that match it as a
+    pattern with `*`; all of them where there is no text.
+
+    Raises:
+        ValueError: nothing is named like one of the texts.
+    """
+    for text in only:
+        if not any(_matches(cell.name, text) for cell in cells):
+            raise ValueError(f"no cell matches {text!r}; there are {', '.join(cell.name for cell in cells[:8])}, …")
+    return [cell for cell in cells if not only or any(_matches(cell.name, text) for text in only)]
+
+
 def run_cells(
     cells: Sequence[Cell],
     store: CellStore,
     *,
-    only: Collection[str] = (),
     max_minutes: float | None = None,
     include_alone: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Compute every cell that is not there yet.
+    """Compute every cell that is not there yet, and what it needs.
 
     Args:
-        only: run the cells with a part of whose name (parts are between slashes) one of these texts begins, or that
-            match it as a pattern with `*`, and what they need; all by default.
         max_minutes: stop after that long, also within a cell; training goes on from its checkpoint the next time.
         include_alone: also those that measure time; a helper process leaves them to the first one, and ends with it.
 
     Raises:
-        ValueError: no cell is named so, or a result was made with other choices.
+        ValueError: a result was made with other choices.
         CellsFailedError: some cells failed; the others are there.
         ExperimentStoppedError: the time is up, or Ctrl-C or SIGTERM came.
     """
     console = console or Console(stderr=True)
-    for text in only:
-        if not any(_matches(cell.name, text) for cell in cells):
-            raise ValueError(f"no cell matches {text!r}; there are {', '.join(cell.name for cell in cells[:8])}, …")
-    wanted = [cell for cell in cells if not only or any(_matches(cell.name, text) for text in only)]
     failed: dict[str, Exception] = {}
-    pending = _pending(wanted, store, failed)
+    pending = _pending(cells, store, failed)
     total, done, seconds = len(pending), 0, 0.0
     origin, parent = stamp(), os.getppid()  # the code that runs is that of now, whatever is committed meanwhile
-    _say(console, f"{len(wanted)} cells asked for; to compute, with what they need: {total}")
+    _say(console, f"{len(cells)} cells asked for; to compute, with what they need: {total}")
     with _stopping(max_minutes) as is_up:
         while pending:
             if not include_alone and (pending[0].alone or os.getppid() != parent):
@@ -192,7 +198,8 @@ def run_cells(
             began = time.monotonic()
             for cell in _ready(pending, store):
                 with store.claim(cell) as mine:
-                    if mine and cell in _pending(wanted, store, failed):
+                    if mine and cell in _pending(cells, store, failed):
+                        total = max(total, len(pending))  # more, where files were deleted meanwhile
                         _say(console, f"[{total - len(pending) + 1} of {total}] {cell.name}")
                         try:
                             store.run(cell, origin)
@@ -204,10 +211,10 @@ def run_cells(
                         break
             else:
                 time.sleep(WAIT_SECONDS)  # others are at all that could begin now
-                pending = _pending(wanted, store, failed)
+                pending = _pending(cells, store, failed)
                 continue
             done, seconds = done + 1, seconds + time.monotonic() - began
-            if pending := _pending(wanted, store, failed):
+            if pending := _pending(cells, store, failed):
                 left = timedelta(seconds=round(seconds / done * len(pending)))
                 _say(console, f"{len(pending)} cells left, about {left} if they take as long as those before")
     if failed:
