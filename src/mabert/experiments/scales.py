@@ -406,7 +406,7 @@ def cpu() -> Scale:
         ),
         recall=RecallScale(
             intermediate_size=128,
-            state_size=8,
+            state_size=4,
             vocab_size=128,
             kinds=("mqar",),
             lengths=(128, 256, 512, 1024),
