@@ -337,7 +337,7 @@ def test_schedules_stand_beside_the_published_losses(results: Path) -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_recall_is_shown_by_place_and_memory_with_what_it_says(results: Path, seeds: int) -> None:
-    scores = {"sequential": 0.5, "sequential-attention-first": 0.4, "parallel-gate": 0.9}
+    scores = {"Mamba-2": 0.2, "sequential": 0.5, "sequential-attention-first": 0.4, "parallel-gate": 0.9}
     learnt = {"Mamba-2": (False, False), "Transformer": (True, False)}
     scale = replace(tiny(), recall=replace(tiny().recall, seeds=seeds, kinds=("mqar",)))
     for cell in Recall(scale, Console(quiet=True)).cells():
@@ -369,6 +369,10 @@ def test_recall_is_shown_by_place_and_memory_with_what_it_says(results: Path, se
     assert "mqar, 4 facts: at 64 tokens the best of 2 sequential ones (sequential) recalls 50.0%" in text
     assert "the best of 6 parallel ones (parallel-gate) 90.0%" in text
     assert ("the parallel one is better" if seeds > 1 else "of one seed each, which says little") in text
+    assert (
+        "mqar, 4 facts, mean over the lengths: attention alone recalls 30.0%, the SSM alone 20.0%, the fusions 30.0% "
+        "(parallel-mean) to 90.0% (parallel-gate)."
+    ) in text
     assert "lessons of at most 40 steps, then 40 steps on all lengths" in text
 
 

@@ -159,10 +159,26 @@ class _Kind:
                 Axis("answers that are right"),
             )
             panels.append(Panel(self.titled(pairs), svg))
+            notes += self.alone_and_fused(pairs, lengths)
             notes += [finding for length in lengths for finding in self.findings(pairs, length)]
         caption = f"Facts anywhere in the row. {self.about()} Bars: ± standard deviation over the seeds."
         legend = key((model, style(model)) for model in HYBRIDS)
         return Figure(f"Recall by length · {self.kind}", caption, legend, panels, self.wanted, notes)
+
+    def alone_and_fused(self, pairs: int, lengths: Sequence[int]) -> list[str]:
+        """What attention, the SSM and the fusions recall over all lengths; nothing while cells are missing."""
+        means: dict[str, float] = {}
+        for model in HYBRIDS:
+            measured = [self.measure(model, pairs, length, "accuracy", "spread") for length in lengths]
+            if not all(of.is_complete for of in measured):
+                return []
+            means[model] = sum(of.mean_and_spread[0] for of in measured) / len(measured)
+        fusions = [model for model in means if model.startswith("parallel")]
+        least, most = min(fusions, key=means.__getitem__), max(fusions, key=means.__getitem__)
+        return [
+            f"{self.titled(pairs)}, mean over the lengths: attention alone recalls {means['Transformer']:.1%}, the SSM "
+            f"alone {means['Mamba-2']:.1%}, the fusions {means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
+        ]
 
     def findings(self, pairs: int, length: int) -> list[str]:
         """Which family of hybrids recalls better, from the numbers; nothing while cells are missing."""
