@@ -356,10 +356,10 @@ def test_recall_is_shown_by_place_and_memory_with_what_it_says(results: Path, se
         put(results / "tiny", cell.name, {"asked": [asked], "lessons": lessons}, cell.config)
     page = report(results)
     spread = " ±0.0%" if seeds > 1 else ""
-    rows = page.rows("Recall by place of the facts · mqar, 4 facts")
-    assert rows["sequential"] == [f"{value}{spread}" for value in ("10.0%", "20.0%", "25.0%", "50.0%")]
-    rows = page.rows("Recall through each memory · mqar, 4 facts")
-    assert rows["parallel-gate"] == [f"{value}{spread}" for value in ("90.0%", "15.0%", "35.0%", "0.0%")]
+    rows = page.rows("Recall by place and memory · mqar, 4 facts in 64 tokens")
+    by_place, by_memory = ("10.0%", "20.0%", "25.0%"), ("15.0%", "35.0%", "0.0%")
+    assert rows["sequential"] == [f"{value}{spread}" for value in (*by_place, "50.0%", *by_memory)]
+    assert rows["parallel-gate"] == [f"{value}{spread}" for value in (*by_place, "90.0%", *by_memory)]
     rows = page.rows("Lessons · mqar")
     assert rows["Mamba-2"] == ["not learnt", "not learnt"]
     assert rows["Transformer"] == ["70", "100" if seeds == 1 else "100 1 of 2"]
@@ -482,8 +482,8 @@ def test_drift_is_shown_by_mode_with_its_findings(invented: Page) -> None:
         "Hybrids as language models",
         "Recall by length · mqar",
         "Lessons · phonebook",
-        "Recall by place of the facts · phonebook, 4 facts",
-        "Recall through each memory · passkey",
+        "Recall by place and memory · phonebook, 4 facts in 64 tokens",
+        "Recall by place and memory · passkey in 64 tokens",
         "Paraphrases · sequential",
         "TransMamba's Table 6 · Loss by schedule",
         f"TransMamba's Table 5 · Time of a training step, {'bf16' if torch.cuda.is_available() else 'fp32'}",

@@ -20,13 +20,8 @@ ABOUT = (
     "settings are ours. It finds sequential hybrids better on shorter contexts, parallel ones on longer, and fusion by "
     "attention to recall best. What was found here stands below the figure."
 )
-PROBES = {
-    "both": "as it is",
-    "recurrent-only": "recurrent only",
-    "attention-only": "attention only",
-    "none": "neither",
-}
-assert PROBES.keys() == MEMORIES.keys()
+PROBES = {"recurrent-only": "recurrent only", "attention-only": "attention only", "none": "neither"}
+assert PROBES.keys() == MEMORIES.keys() - {"both"}  # as it is, a model is asked by place
 
 
 def hybrids(results: Results) -> Section | None:
@@ -39,8 +34,9 @@ def hybrids(results: Results) -> Section | None:
     for kind in kinds:
         recall = _Kind(results, kind)
         blocks += [recall.length_figure(), *([recall.lessons_table()] if recall.found[0].at("lessons") else [])]
-        for pairs in recall.lengths():
-            blocks += [recall.place_table(pairs), recall.probe_table(pairs)]
+        blocks += [
+            recall.asked_table(pairs, length) for pairs, lengths in recall.lengths().items() for length in lengths
+        ]
     return Section("hybrids", "Hybrids and recall", blocks, ABOUT) if blocks else None
 
 
@@ -98,15 +94,20 @@ class _Kind:
         return self.kind if pairs == 1 else f"{self.kind}, {pairs} facts"
 
     def about(self) -> str:
+        """How the models were trained, and what is shown of them."""
         runs = [record.config["run"] for record in self.found]
         has_lessons = any(run["copied"] or run["lessons"] for run in runs)
         taught = f"lessons of at most {_each(runs, 'lesson_steps')} steps, then " if has_lessons else ""
-        rows = " or ".join(f"{n:,}" for n in sorted({record.config["eval_rows"] for record in self.found}))
         return (
             f"{at_scale(self.results)}; {taught}{_each(runs, 'steps')} steps on all lengths and numbers of facts in "
-            f"turns, of {_each(runs, 'tokens')} tokens; share of answers that are right in all tokens, on {rows} rows; "
-            f"{counted([len(self.seeds)], 'seed')}."
+            f"turns, of {_each(runs, 'tokens')} tokens. {self.scored()}"
         )
+
+    def scored(self) -> str:
+        """What a score is."""
+        rows = " or ".join(f"{n:,}" for n in sorted({record.config["eval_rows"] for record in self.found}))
+        seeds = counted([len(self.seeds)], "seed")
+        return f"Share of answers that are right in all tokens, on {rows} rows; {seeds}."
 
     def measure(self, model: str, pairs: int, length: int, what: str, which: str) -> Measured:
         """What was answered to so many facts in such rows, over the seeds."""
@@ -204,36 +205,23 @@ class _Kind:
             return [f"{numbers}: no difference beyond the deviation of the seeds, or one in a hundred."]
         return [f"{numbers}: the {'sequential' if first > second else 'parallel'} one is better."]
 
-    def place_table(self, pairs: int) -> Table:
-        """Accuracy by where the facts stand."""
-        values = {place: ("accuracy", place) for place in PLACES}
-        return self._table(pairs, "Recall by place of the facts", values)
-
-    def probe_table(self, pairs: int) -> Table:
-        """Accuracy by what may pass from the facts to the questions."""
-        values = {title: ("probes", memories) for memories, title in PROBES.items()}
-        about = (
-            "What may pass from the facts to the questions: everything, what the states hold, what attention reaches, "
-            "or nothing. Models were trained with both."
-        )
-        return self._table(pairs, "Recall through each memory", values, about)
-
-    def _table(self, pairs: int, title: str, values: dict[str, tuple[str, str]], about: str = "") -> Table:
-        lengths = self.lengths()[pairs]
-        columns = [Column(f"{length:,}", (what,), "high") for length in lengths for what in values]
-        rows = [
-            Row(
-                model,
-                [
-                    entry(self.measure(model, pairs, length, *keys), ".1%")
-                    for length in lengths
-                    for keys in values.values()
-                ],
-            )
-            for model in HYBRIDS
+    def asked_table(self, pairs: int, length: int) -> Table:
+        """Accuracy in rows of one length, by where the facts stand and by what may pass from them to the questions."""
+        columns = [
+            Column(place, ("facts side by side",) if place != "spread" else ("over the row",), "high")
+            for place in PLACES
         ]
-        caption = " ".join(filter(None, (about, self.about())))
-        return Table(f"{title} · {self.titled(pairs)}", caption, columns, rows, self.wanted)
+        columns += [Column(title, ("facts spread",)) for title in PROBES.values()]
+        keys = [("accuracy", place) for place in PLACES] + [("probes", memories) for memories in PROBES]
+        rows = [
+            Row(model, [entry(self.measure(model, pairs, length, *key), ".1%") for key in keys]) for model in HYBRIDS
+        ]
+        about = (
+            "By place of the facts; then by what may pass from them to the questions: what the states hold, what "
+            "attention reaches, or nothing. Models were trained with both."
+        )
+        title = f"Recall by place and memory · {self.titled(pairs)} in {length:,} tokens"
+        return Table(title, f"{at_scale(self.results)}. {about} {self.scored()}", columns, rows, self.wanted)
 
 
 def _each(runs: Sequence[dict[str, Any]], field: str) -> str:
