@@ -87,6 +87,14 @@ def test_keys_are_different_and_asked_once_and_filler_holds_none_of_them():
     assert all(context[cue[0]] == 1 for cue, _ in asked)
 
 
+def test_names_of_a_phonebook_stand_only_in_its_facts():
+    made = RecallTask(kind="phonebook", length=256, pairs=4, vocab_size=64)
+    for index in range(100):
+        ids = made.sample(0, index).ids
+        facts = np.flatnonzero(np.isin(ids, ids[-6:-4]))  # the question is a mark, two words of a name, four digits
+        assert len(facts) <= 2 + 2 * made.pairs, "as often as facts and the question can have them"
+
+
 def test_names_of_a_phonebook_are_told_apart():
     made = task("phonebook", 40, 400)
     for index in range(20):

@@ -148,7 +148,8 @@ class RecallTask:
         firsts, lasts = rng.choice(firsts, some, replace=False), rng.choice(lasts, some, replace=False)
         chosen = rng.permutation(some * some)[: self.pairs]
         names = np.stack((firsts[chosen // some], lasts[chosen % some]), axis=1)
-        return names, answers, lambda n: rng.choice(others, n)
+        unsaid = np.setdiff1d(others, names)
+        return names, answers, lambda n: rng.choice(unsaid, n)
 
     def _laid_out(self, rng: np.random.Generator, facts: np.ndarray, filler: np.ndarray) -> np.ndarray:
         """Facts (pairs, tokens of a fact) and filler in one row, the facts at their place."""
