@@ -49,9 +49,10 @@ def peak_memory_of() -> Callable[[str], int]:
     resident memory grew at its highest while `measured(function)`, to be called once in the code, ran."""
 
     def peak(code: str) -> int:
-        process = subprocess.run(
-            [sys.executable, "-c", MEASURED + textwrap.dedent(code)], capture_output=True, text=True, check=False
-        )
+        # left to itself, glibc keeps some freed blocks of megabytes, now more and now fewer
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        command = [sys.executable, "-c", MEASURED + textwrap.dedent(code)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert process.returncode == 0, process.stderr
         return int(process.stdout.split()[-1])
 
