@@ -175,7 +175,7 @@ def run_cells(
     """Compute every cell that is not there yet, and what it needs.
 
     Args:
-        max_minutes: stop after that long, also within a cell; training goes on from its checkpoint the next time.
+        max_minutes: stop after that long, also within a cell; what writes checkpoints goes on from there the next time.
         include_alone: also those that measure time; a helper process leaves them to the first one, and ends with it.
 
     Raises:
