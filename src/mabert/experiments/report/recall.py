@@ -15,10 +15,10 @@ from mabert.models.causal import MEMORIES
 
 ABOUT = (
     "Attention and a state space (Mamba-2) one after the other in a layer, or side by side and fused, beside each "
-    "alone: as many mixers in all (half the layers where a layer has two), and as many parameters outside the "
-    "embeddings. Of the paper (arXiv 2510.26912) its abstract is known to us, not its sizes, tasks or numbers: these "
-    "settings are ours. It finds sequential hybrids better on shorter contexts, parallel ones on longer, and fusion by "
-    "attention to recall best. What was found here stands below the figure."
+    "alone: as many mixers in all (half the layers where a layer has two; a fusion by attention is one more), and as "
+    "many parameters outside the embeddings. Of the paper (arXiv 2510.26912) its abstract is known to us, not its "
+    "sizes, tasks or numbers: these settings are ours. It finds sequential hybrids better on shorter contexts, "
+    "parallel ones on longer, and fusion by attention to recall best. What was found here stands below the figure."
 )
 PROBES = {"recurrent-only": "recurrent only", "attention-only": "attention only", "none": "neither"}
 assert PROBES.keys() == MEMORIES.keys() - {"both"}  # as it is, a model is asked by place
