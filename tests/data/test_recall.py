@@ -87,6 +87,31 @@ def test_keys_are_different_and_asked_once_and_filler_holds_none_of_them():
     assert all(context[cue[0]] == 1 for cue, _ in asked)
 
 
+class TestGuessing:
+    """What is right without finding anything: by naming the values of the row, each once."""
+
+    @pytest.mark.parametrize("pairs", [2, 4, 20])
+    def test_of_many_facts_one_of_those_not_yet_given(self, pairs):
+        """Of n values that differ, each guess is one of those that are left: a harmonic number of n over n."""
+        expected = sum(1 / left for left in range(1, pairs + 1)) / pairs
+        made = task(pairs=pairs, length=200, vocab_size=20_000)
+        assert made.guessing(4_000, 0) == pytest.approx(expected, abs=0.02)
+        assert made.guessing_loss == pytest.approx(sum(np.log(left) for left in range(1, pairs + 1)) / pairs)
+
+    def test_it_is_higher_where_values_repeat(self):
+        assert task(pairs=20, length=200, vocab_size=94).guessing(500, 0) > 0.25
+
+    def test_of_one_number_asked_one_in_so_many(self):
+        made = task("phonebook", pairs=5)
+        assert made.guessing(4_000, 0) == pytest.approx(0.2, abs=0.02)
+        assert made.guessing_loss == pytest.approx(np.log(5) / 4)
+
+    def test_of_one_passkey_all_since_nothing_else_is_in_the_row(self):
+        made = task("passkey", pairs=1)
+        assert made.guessing(10, 0) == 1.0
+        assert made.guessing_loss == 0
+
+
 def test_names_of_a_phonebook_stand_only_in_its_facts():
     made = RecallTask(kind="phonebook", length=256, pairs=4, vocab_size=64)
     for index in range(100):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny_experiments import QUIET, SECONDS, suite
@@ -15,16 +16,21 @@ from mabert.experiments.cells import CellStore, run_cells
 from mabert.experiments.recall import Recall
 from mabert.experiments.scales import SCALES, RecallScale
 from mabert.models.causal import MEMORIES
-from mabert.training.recall import RecallRun, RecallTraining
+from mabert.training import recall as training
+from mabert.training.recall import RecallRun, RecallScore, RecallTraining
 
 SCALE = replace(
     SECONDS,
-    recall=replace(SECONDS.recall, kinds=tuple(KINDS), lengths=(32, 48), pairs=(3, 8), steps=3, seeds=2, eval_rows=8),
+    recall=replace(SECONDS.recall, kinds=tuple(KINDS), lengths=(32, 48), pairs=(3, 8), seeds=2, eval_rows=8),
 )
 
 
+def experiment(scale=SCALE, work=Path("work")):
+    return Recall(scale, QUIET, work)
+
+
 def test_every_architecture_kind_and_seed_is_a_cell():
-    names = [cell.name for cell in Recall(SCALE, QUIET).cells()]
+    names = [cell.name for cell in experiment().cells()]
     assert len(names) == len(set(names)) == len(HYBRIDS) * 3 * 2
     assert "recall/parallel-merge-attention/phonebook/1" in names
     tasks = {kind: [(task.pairs, task.length) for task in SCALE.recall.tasks(kind)] for kind in SCALE.recall.kinds}
@@ -33,11 +39,17 @@ def test_every_architecture_kind_and_seed_is_a_cell():
         "phonebook": [(3, 32), (3, 48)],
         "passkey": [(1, 32), (1, 48)],
     }
+    assert [(task.pairs, task.length) for task in SCALE.recall.asked("phonebook")] == [
+        (3, 32),
+        (3, 48),
+        (3, 64),
+        (8, 64),
+    ]
 
 
 def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
     store = CellStore(tmp_path / "results", tmp_path / "work")
-    cell = Recall(SCALE, QUIET).cell("sequential", "mqar", 1)
+    cell = experiment(work=tmp_path / "work").cell("sequential", "mqar", 1)
     run_cells([cell], store, console=QUIET)
     content = json.loads(store.path(cell).read_text())
     assert content["config"]["tasks"][0] == {
@@ -49,13 +61,70 @@ def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
     }
     assert content["config"]["run"]["seed"] == 1
     result = content["result"]
-    assert [(asked["pairs"], asked["length"]) for asked in result["asked"]] == [(3, 32), (3, 48), (8, 48)]
+    assert content["config"]["beyond"] == [64]
+    asked = [(asked["pairs"], asked["length"]) for asked in result["asked"]]
+    assert asked == [(3, 32), (3, 48), (3, 64), (8, 48), (8, 64)]
     for asked in result["asked"]:
         assert asked["accuracy"].keys() == set(PLACES)
         assert asked["probes"].keys() == MEMORIES.keys()
         assert asked["probes"]["both"] == asked["accuracy"]["spread"]
+        assert asked["guessing"] == pytest.approx({3: 0.62, 8: 0.35}[asked["pairs"]], abs=0.04)
     assert [(lesson["pairs"], lesson["steps"]) for lesson in result["lessons"]] == [(0, 2), (2, 2)]
-    assert len(result["losses"]) == 3
+    assert result["taught"] == 4
+    assert len(result["losses"]) == 4
+    assert not (tmp_path / "work" / "recall" / "sequential" / "mqar" / "1").exists(), "nobody needs it again"
+
+
+def test_each_place_and_memory_is_asked(tmp_path, monkeypatch):
+    asked = []
+
+    def recorded(model, task, rows, *, memories="both"):
+        assert rows == SCALE.recall.eval_rows
+        asked.append((task.pairs, task.length, task.place, memories))
+        return RecallScore(len(asked), 0.0)
+
+    monkeypatch.setattr(recall, "evaluate_recall", recorded)
+    monkeypatch.setattr(recall, "train_recall", lambda model, *_, **__: RecallTraining())
+    store = CellStore(tmp_path / "results", tmp_path / "work")
+    cell = experiment(work=tmp_path / "work").cell("sequential", "passkey", 0)
+    run_cells([cell], store, console=QUIET)
+    expected = [
+        (1, length, *how)
+        for length in (32, 48, 64)
+        for how in [
+            *((place, "both") for place in PLACES),
+            *(("spread", memories) for memories in MEMORIES if memories != "both"),
+        ]
+    ]
+    assert asked == expected
+    first, *_ = store.read(cell)["asked"]
+    assert first["accuracy"] == {"early": 1, "middle": 2, "late": 3, "spread": 4}
+    assert first["probes"] == {"both": 4, "recurrent-only": 5, "attention-only": 6, "none": 7}
+
+
+def test_a_stopped_cell_goes_on_with_the_same_result(tmp_path, monkeypatch):
+    def result(folder):
+        store = CellStore(folder / "results", folder / "work")
+        cell = experiment(work=folder / "work").cell("parallel-gate", "mqar", 0)
+        run_cells([cell], store, console=QUIET)
+        return store.read(cell)
+
+    whole = result(tmp_path / "whole")
+    steps = []
+
+    def step(self, *args, **kwargs):
+        steps.append(self.training.steps)
+        if steps == list(range(7)):
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    original = training._Pupil.step
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(training._Pupil, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        result(tmp_path / "stopped")
+    assert result(tmp_path / "stopped") == whole
+    assert steps == [*range(7), 6, 7]
 
 
 def test_hybrids_share_the_references_of_transmamba(tmp_path):
@@ -71,29 +140,41 @@ def test_every_choice_of_training_reaches_the_run():
         "copied": 20,
         "lessons": (2, 3),
         "lesson_steps": 7,
-        "steps": 5,
+        "steps": 5_000,
         "tokens": 99,
         "learning_rate": 0.5,
     }
     assert RecallScale(**choices).run(3) == RecallRun(**choices, seed=3)
     changed = replace(SCALE, recall=replace(SCALE.recall, **choices))
-    run = Recall(changed, QUIET).cell("sequential", "mqar", 3).config["run"]
+    run = experiment(changed).cell("sequential", "mqar", 3).config["run"]
     assert {name: run[name] for name in choices} == choices
     assert run["seed"] == 3
 
 
-def test_a_scale_says_how_much_a_state_holds(tmp_path, monkeypatch):
+def trained_config(tmp_path, monkeypatch, name, **choices):
+    """The config of the model that a cell trains with these choices of the scale."""
     trained = []
-    monkeypatch.setattr(recall, "train_recall", lambda model, *_: trained.append(model) or RecallTraining([], []))
-    for state_size in (None, 3):
-        scale = replace(SCALE, recall=replace(SCALE.recall, state_size=state_size))
-        cell = Recall(scale, QUIET).cell("Mamba-2", "passkey", 0)
-        assert cell.config["size"]["state_size"] == state_size
-        run_cells([cell], CellStore(tmp_path / str(state_size), tmp_path / "work"), console=QUIET)
-    default, given = (model.config for model in trained)
+    monkeypatch.setattr(recall, "train_recall", lambda model, *_, **__: trained.append(model) or RecallTraining())
+    scale = replace(SCALE, recall=replace(SCALE.recall, **choices))
+    cell = experiment(scale, tmp_path / "work").cell(name, "passkey", 0)
+    assert {key: cell.config["size"][key] for key in choices} == choices
+    run_cells([cell], CellStore(tmp_path / str(choices), tmp_path / "work"), console=QUIET)
+    return trained[0].config
+
+
+def test_a_scale_says_how_much_a_state_holds(tmp_path, monkeypatch):
+    default = trained_config(tmp_path, monkeypatch, "Mamba-2")
+    given = trained_config(tmp_path, monkeypatch, "Mamba-2", state_size=3)
     assert default.state_size == default.hidden_size // default.num_attention_heads
     assert given.state_size == 3
     assert encoder_parameters(given) == pytest.approx(encoder_parameters(default), rel=0.02)
+
+
+def test_a_scale_says_which_ssm_and_how_far_attention_reaches(tmp_path, monkeypatch):
+    default = trained_config(tmp_path, monkeypatch, "sequential")
+    assert (default.ssm, default.sliding_window) == ("mamba2", None)
+    given = trained_config(tmp_path, monkeypatch, "sequential", ssm="mamba1", sliding_window=7)
+    assert (given.ssm, given.sliding_window) == ("mamba1", 7)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -119,6 +200,13 @@ def test_every_scale_can_ask_what_it_plans(scale):
         ({"copied": 7}, "length=7 must be at least 8"),
         ({"tokens": 0}, "recall.tokens=0 must be at least 1"),
         ({"state_size": 0}, "recall.state_size=0 must be at least 1"),
+        ({"ssm": "mamba3"}, "recall.ssm='mamba3' is not one of mamba2, mamba1"),
+        ({"sliding_window": 0}, "recall.sliding_window=0 must be at least 1"),
+        ({"kinds": ()}, "recall.kinds is empty: give at least one"),
+        ({"lengths": ()}, "recall.lengths is empty: give at least one"),
+        ({"pairs": ()}, "recall.pairs is empty: give at least one"),
+        ({"beyond": (512,)}, "recall.beyond=.512,. must be longer than the rows of training, lengths=.64, 128"),
+        ({"learning_rate": -1e-3}, "learning_rate=-0.001 must be above 0"),
     ],
 )
 def test_scales_that_cannot_be_are_refused(changes, message):

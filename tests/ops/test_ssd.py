@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mabert.ops import selective_scan, ssd
-from mabert.ops.ssd import ssd_reference
+from mabert.ops.ssd import chunk_steps, ssd_reference
 
 PACKED = {
     "one row": ((1, 130), None),
@@ -44,13 +44,13 @@ def outputs_and_gradients(function, tensors, boundaries, **kwargs):
     )
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("groups", "width", "state"), [(1, 5, 3), (2, 5, 3), (4, 5, 3), (2, 32, 128)])
 @pytest.mark.parametrize("case", PACKED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_every_gradient(case, dtype, groups):
+def test_outputs_and_every_gradient(case, dtype, groups, width, state):
     """Within twice the error of the loop in the same dtype, both against the loop in float64."""
     shape, cu = PACKED[case]
-    tensors, boundaries = inputs(shape, cu, dtype, groups=groups)
+    tensors, boundaries = inputs(shape, cu, dtype, groups=groups, width=width, state=state)
     ours = outputs_and_gradients(ssd, tensors, boundaries, return_final_state=True)
     exact = outputs_and_gradients(ssd_reference, {n: t.double() for n, t in tensors.items()}, boundaries)
     loop = outputs_and_gradients(ssd_reference, tensors, boundaries)
@@ -64,6 +64,13 @@ def test_outputs_and_every_gradient(case, dtype, groups):
             allowed = 2 * (loop[name].double() - expected).abs().max() + 4 * torch.finfo(dtype).eps * largest
         assert float((ours[name].double() - expected).abs().max()) <= allowed, name
         assert ours[name].dtype == loop[name].dtype, name
+
+
+@pytest.mark.parametrize(
+    ("width", "state", "steps"), [(5, 3, 16), (16, 4, 16), (32, 32, 32), (64, 64, 64), (64, 128, 64)]
+)
+def test_the_chunks_grow_with_the_state(width, state, steps):
+    assert chunk_steps(width * state) == steps
 
 
 def test_gradients_are_those_of_differences():

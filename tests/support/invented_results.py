@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -220,14 +221,15 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
             if text != "before":
                 result["tokens"] = 1_000_000
             put(folder, f"paraphrase/{model}/{text}/0", result)
-    for cell in Recall(scale, Console(quiet=True)).cells():
+    for cell in Recall(scale, Console(quiet=True), Path("work")).cells():
         asked = []
-        for task in cell.config["tasks"]:
+        for task in map(asdict, scale.recall.asked(cell.name.split("/")[2])):
             accuracy = min(1.0, max(0.0, rng.gauss(0.7, 0.1)))
             asked.append(
                 {
                     "length": task["length"],
                     "pairs": task["pairs"],
+                    "guessing": 0.5,
                     "accuracy": dict.fromkeys(PLACES, accuracy),
                     "probes": {memories: accuracy * (memories != "none") for memories in MEMORIES},
                 }

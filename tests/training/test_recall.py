@@ -1,10 +1,14 @@
 """Training on recall: it is learnt where attention can, asked fairly, and probed."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from mabert import HybridConfig, HybridForCausalLM
-from mabert.data.recall import CopyTask, RecallTask
+from mabert.data.recall import CopyTask, Language, RecallTask
+from mabert.training import recall
 from mabert.training.recall import EVALUATION_SEED, RECENT, WARM_UP, RecallRun, evaluate_recall, train_recall
 
 TASK = RecallTask(kind="passkey", length=24, vocab_size=40)
@@ -82,20 +86,45 @@ class TestLessons:
         with pytest.raises(ValueError, match="mqar with 16 pairs takes a vocabulary of at least 78 tokens"):
             run(lessons=(2, 16)).lessons_for(self.MQAR)
 
-    def test_one_ends_once_it_is_learnt_and_otherwise_after_its_steps(self):
+    def test_one_ends_after_its_steps_and_the_next_one_comes(self, monkeypatch):
+        monkeypatch.setattr(recall, "SAY_SECONDS", 0)
         said: list[str] = []
-        choices = {"copied": 24, "lessons": (2, 3), "lesson_steps": 30}
-        lessons = train_recall(made(), [self.MQAR], run(**choices, learnt=1e-6), said.append).lessons
-        given = [(lesson.pairs, lesson.length, lesson.steps, lesson.is_learnt) for lesson in lessons]
-        assert given == [(0, 24, 30, False), (2, 11, 30, False)], "no three facts after two that were not learnt"
-        assert "copying: step 30 of 30, loss " in said[0]
-        assert "lesson of 2: step 30 of 30, loss " in said[1]
-        lessons = train_recall(made(), [self.MQAR], run(lessons=(2, 3), lesson_steps=30, learnt=100.0)).lessons
-        assert [(lesson.steps, lesson.is_learnt) for lesson in lessons] == [(RECENT, True)] * 2
+        choices = {"copied": 24, "lessons": (2, 3), "lesson_steps": 30, "steps": 200}
+        training = train_recall(made(), [self.MQAR], run(**choices, learnt=1e-6), said.append)
+        given = [(lesson.pairs, lesson.length, lesson.steps, lesson.is_learnt) for lesson in training.lessons]
+        assert given == [(0, 24, 30, False), (2, 11, 30, False), (3, 16, 30, False)]
+        assert training.steps == 200
+        assert len(training.losses) == 110
+        assert said[29].startswith("copying: step 30 of 200, loss ")
+        assert said[59].startswith("lesson of 2: step 60 of 200, loss ")
+        assert said[199].startswith("tasks: step 200 of 200, loss ")
+
+    def test_one_ends_once_it_is_learnt_and_the_tasks_have_the_other_steps(self):
+        training = train_recall(made(), [TASK], run(copied=24, lessons=(1,), lesson_steps=30, steps=200, learnt=100.0))
+        assert [(lesson.steps, lesson.is_learnt) for lesson in training.lessons] == [(RECENT, True)] * 2
+        assert len(training.losses) == 200 - 2 * RECENT
+
+    def test_half_of_the_steps_are_for_the_tasks_however_slow_a_model_is(self):
+        training = train_recall(made(), [self.MQAR], run(lessons=(2, 3, 4), lesson_steps=30, steps=81, learnt=1e-6))
+        assert [(lesson.pairs, lesson.steps) for lesson in training.lessons] == [(2, 30), (3, 10)]
+        assert len(training.losses) == 41
+        assert training.taught == 40
+
+    @pytest.mark.parametrize(("learnt", "is_learnt"), [(0.3, True), (0.02, False)])
+    def test_who_only_guesses_among_the_values_of_a_row_has_not_learnt_it(self, monkeypatch, learnt, is_learnt):
+        """Two facts: the guesser's loss is 0.35, below which `learnt` may lie without a thing being found."""
+        monkeypatch.setattr(recall._Pupil, "step", lambda self, task, decay=1.0: 0.17)
+        assert self.two.guessing_loss == pytest.approx(0.5 * np.log(2))
+        training = train_recall(made(), [self.two], run(lessons=(2,), steps=100, learnt=learnt))
+        assert training.lessons[0].is_learnt is is_learnt
+        monkeypatch.setattr(recall._Pupil, "step", lambda self, task, decay=1.0: 0.18)
+        assert not train_recall(made(), [self.two], run(lessons=(2,), steps=100, learnt=0.3)).lessons[0].is_learnt
+
+    two = RecallTask(kind="mqar", length=30, pairs=2, vocab_size=40)
 
     def test_copying_is_learnt(self):
         model = made()
-        choices = {"tokens": 1_000, "learning_rate": 1e-2, "lesson_steps": 500, "steps": 1}
+        choices = {"tokens": 1_000, "learning_rate": 1e-2, "lesson_steps": 500, "steps": 1_000}
         (lesson,) = train_recall(model, [self.MQAR], run(copied=24, **choices)).lessons
         assert lesson.is_learnt
         assert lesson.steps > 2 * RECENT
@@ -103,11 +132,64 @@ class TestLessons:
 
     def test_what_was_taught_is_learnt(self):
         model = made()
-        choices = {"tokens": 64 * 11, "learning_rate": 1e-2, "lesson_steps": 500, "steps": 1}
-        (lesson,) = train_recall(model, [self.MQAR], run(lessons=(2,), **choices)).lessons
-        assert lesson.is_learnt
-        assert lesson.loss < 0.3
-        assert evaluate_recall(model, run(lessons=(2,)).lessons_for(self.MQAR)[0], 64).accuracy > 0.8
+        choices = {"tokens": 32 * 30, "learning_rate": 1e-2, "lesson_steps": 400, "steps": 1_000}
+        training = train_recall(model, [self.MQAR], run(copied=24, lessons=(2, 4), **choices))
+        assert [lesson.is_learnt for lesson in training.lessons] == [True] * 3
+        assert self.MQAR.guessing(500, EVALUATION_SEED) < 0.65
+        assert evaluate_recall(model, self.MQAR, 64).accuracy > 0.95
+
+
+class Killed(Exception):
+    """The end of the process, planted."""
+
+
+class TestGoingOn:
+    """A training that is stopped goes on from its checkpoint as if nothing had been."""
+
+    CHOICES = {"copied": 24, "lessons": (2, 3), "lesson_steps": 8, "steps": 40}
+
+    def killed_after(self, steps, monkeypatch, checkpoint, model, **choices):
+        def step(self, *args, **kwargs):
+            if self.training.steps == steps:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        original = recall._Pupil.step
+        with monkeypatch.context() as patch:
+            patch.setattr(recall._Pupil, "step", step)
+            with pytest.raises(Killed):
+                train_recall(model, [TestLessons.MQAR], run(**self.CHOICES, **choices), checkpoint=checkpoint)
+
+    @pytest.mark.parametrize("steps", [5, 8, 11, 30])
+    def test_with_the_same_losses_and_weights(self, steps, monkeypatch, tmp_path):
+        whole = made(hidden_dropout_prob=0.1)
+        expected = train_recall(whole, [TestLessons.MQAR], run(**self.CHOICES))
+        monkeypatch.setattr(recall, "SAVE_SECONDS", -1)
+        checkpoint = tmp_path / "scratch" / "training.pt"
+        torch.manual_seed(0)
+        self.killed_after(steps, monkeypatch, checkpoint, made(hidden_dropout_prob=0.1))
+        torch.manual_seed(99)
+        model = HybridForCausalLM(HybridConfig(**SIZES, pattern="S", hidden_dropout_prob=0.1))
+        taken: list[None] = []
+        model.register_forward_pre_hook(lambda *_: taken.append(None))
+        assert train_recall(model, [TestLessons.MQAR], run(**self.CHOICES), checkpoint=checkpoint) == expected
+        assert len(taken) == 40 - steps
+        for name, weight in whole.state_dict().items():
+            assert torch.equal(model.state_dict()[name], weight), name
+
+    def test_what_is_finished_is_not_trained_again(self, tmp_path):
+        first = train_recall(made(), [TASK], run(), checkpoint=tmp_path / "training.pt")
+        model = made()
+        model.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
+        assert train_recall(model, [TASK], run(), checkpoint=tmp_path / "training.pt") == first
+
+    def test_a_checkpoint_of_other_choices_is_refused(self, tmp_path):
+        path = tmp_path / "training.pt"
+        train_recall(made(), [TASK], run(), checkpoint=path)
+        longer = replace(TASK, length=30)
+        for model, tasks, choices in ((made(), [TASK], {"seed": 1}), (made(), [longer], {}), (made("A"), [TASK], {})):
+            with pytest.raises(ValueError, match=r"training.pt is of another model, other tasks or other choices"):
+                train_recall(model, tasks, run(**choices), checkpoint=path)
 
 
 class TestSteps:
@@ -137,10 +219,53 @@ class TestSteps:
             return step(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-        train_recall(made(), [TASK], run(lessons=(1,), lesson_steps=WARM_UP + 5, learnt=1e-9, steps=4, tokens=24))
+        steps = 2 * (WARM_UP + 5)
+        train_recall(made(), [TASK], run(lessons=(1,), lesson_steps=steps, learnt=1e-9, steps=steps, tokens=24))
         assert rates[:WARM_UP] == pytest.approx([1e-3 * (n + 1) / WARM_UP for n in range(WARM_UP)])
         assert rates[WARM_UP : WARM_UP + 5] == [1e-3] * 5
-        assert rates[WARM_UP + 5 :] == pytest.approx([1e-3, 1e-3 * (0.5 + 0.5 * 0.5**0.5), 5e-4, 1e-3 * 0.1464466])
+        falling = [1e-3 * (0.5 + 0.5 * np.cos(np.pi * n / (WARM_UP + 5))) for n in range(WARM_UP + 5)]
+        assert rates[WARM_UP + 5 :] == pytest.approx(falling)
+
+
+class TestLanguage:
+    """The same in the tokens of a tokenizer."""
+
+    LANGUAGE = Language(words=np.arange(100, 140), text=np.full(50, 99))
+
+    def batches(self, function, *args, **kwargs):
+        torch.manual_seed(0)
+        model, batches = HybridForCausalLM(HybridConfig(**SIZES | {"vocab_size": 150}, pattern="S")), []
+        model.register_forward_pre_hook(lambda _, args, inputs: batches.append(inputs["input_ids"]), with_kwargs=True)
+        function(model, *args, **kwargs)
+        return torch.cat([batch.flatten() for batch in batches])
+
+    def test_it_is_asked_and_taught_in_it(self):
+        asked = self.batches(evaluate_recall, TASK, 8, language=self.LANGUAGE)
+        taught = self.batches(train_recall, [TASK], run(), language=self.LANGUAGE)
+        for ids in (asked, taught):
+            assert ids.min() == 99, "the text stands between"
+            assert set(ids.unique().tolist()) <= {99, *range(100, 140)}
+        assert self.batches(evaluate_recall, TASK, 8).max() < 40
+
+    def test_a_checkpoint_is_of_one_language(self, tmp_path):
+        self.batches(train_recall, [TASK], run(), language=self.LANGUAGE, checkpoint=tmp_path / "training.pt")
+        other = Language(words=self.LANGUAGE.words + 1, text=self.LANGUAGE.text)
+        with pytest.raises(ValueError, match="is of another model, other tasks"):
+            self.batches(train_recall, [TASK], run(), language=other, checkpoint=tmp_path / "training.pt")
+
+    def test_a_model_with_fewer_tokens_is_refused(self):
+        for function, tasks in ((evaluate_recall, (TASK, 8)), (train_recall, ([TASK], run()))):
+            with pytest.raises(ValueError, match="the model has 40 tokens, but the task 140"):
+                function(made(), *tasks, language=self.LANGUAGE)
+        large = replace(TASK, vocab_size=41)
+        for function, tasks in ((evaluate_recall, (large, 8)), (train_recall, ([large], run()))):
+            with pytest.raises(ValueError, match="the model has 40 tokens, but the task 41"):
+                function(made(), *tasks)
+
+
+def test_no_rows_to_ask_are_refused():
+    with pytest.raises(ValueError, match="rows=0 must be at least 1"):
+        evaluate_recall(made(), TASK, 0)
 
 
 def test_a_loss_that_explodes_is_reported():
@@ -162,6 +287,8 @@ def test_tasks_of_several_kinds_and_none_are_refused():
         ({"lesson_steps": 0}, "lesson_steps=0 must be at least 1"),
         ({"learnt": 0.0}, "learnt=0.0 must be above 0"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
     ],
 )
 def test_bad_choices_are_refused(choices, message):

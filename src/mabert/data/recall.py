@@ -9,6 +9,9 @@ Before these, a model may learn to copy (`CopyTask`): a text that comes twice.
 What is generated is a function of (seed, index) alone.
 """
 
+import hashlib
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,11 +111,36 @@ class RecallTask:
             return FIRST + DIGITS + 4 * self.pairs  # a quarter each for keys and values, the rest stands between
         return FIRST + DIGITS + 2 * max(self.pairs, PHRASE)
 
+    @property
+    def guessing_loss(self) -> float:
+        """Nats a token of who knows the answers in the row, but not which question each belongs to; 0 for one fact.
+
+        Of those that answer several questions each is crossed off when it was given. Answers that are equal by chance
+        are counted as different.
+        """
+        nats = math.lgamma(self.questions + 1) if self.shape.all_asked else math.log(self.pairs)
+        return nats / (self.questions * self.shape.answer)
+
+    def guessing(self, rows: int, seed: int) -> float:
+        """Share of the questions that such a guesser answers rightly, in so many rows of the stream of a seed."""
+        right = 0
+        for index in range(rows):
+            rng = _stream(seed, index)
+            _, answers, _ = self._words(rng)
+            left = Counter(map(tuple, answers.tolist()))
+            for answer in map(tuple, answers[self._asked(rng)].tolist()):
+                right += max(left, key=left.__getitem__) == answer
+                left[answer] -= 1
+        return right / (rows * self.questions)
+
+    def _asked(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(self.pairs)[: self.questions]
+
     def sample(self, seed: int, index: int, language: "Language | None" = None) -> "RecallSample":
         """Row `index` of the stream of a seed; in the tokens of a language, if one is given."""
         rng = _stream(seed, index)
         cues, answers, filler = self._words(rng)
-        asked = rng.permutation(self.pairs)[: self.questions]
+        asked = self._asked(rng)
         facts = np.concatenate((cues, answers), axis=1)
         questions = np.insert(facts[asked], 0, QUESTION, axis=1)
         room = self.length - self.least_length
@@ -189,6 +217,11 @@ class CopyTask:
         if self.vocab_size <= FIRST + DIGITS:
             raise ValueError(f"vocab_size={self.vocab_size} must be above {FIRST + DIGITS}, or there are no words.")
 
+    @property
+    def guessing_loss(self) -> float:
+        """0: nothing is known of an answer who does not find its place."""
+        return 0.0
+
     def sample(self, seed: int, index: int, language: "Language | None" = None) -> "RecallSample":
         """Row `index` of the stream of a seed; in the words of a language, if one is given."""
         rng = _stream(seed, index)
@@ -247,6 +280,11 @@ class Language:
         ends = tokenizer.sep_token_id
         marks = [tokenizer.pad_token_id, tokenizer.cls_token_id, vocabulary.get(".", ends), vocabulary.get(":", ends)]
         return cls(np.concatenate((np.array([*marks, *digits], np.int64), words.astype(np.int64))), text)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of words and text, in hexadecimal."""
+        return hashlib.sha256(self.words.tobytes() + self.text.tobytes()).hexdigest()
 
     def check(self, task: RecallTask | CopyTask) -> None:
         """Raise ValueError where the task has more words than the language, or its rows are longer than the text."""

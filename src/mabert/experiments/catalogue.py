@@ -80,7 +80,7 @@ class Suite:
 
     def recall(self) -> Iterator[Cell]:
         """What each architecture recalls, by task, length and place, and through which memory."""
-        yield from Recall(self.scale, self.pretraining.console).cells()
+        yield from Recall(self.scale, self.pretraining.console, self.pretraining.work).cells()
 
     def paraphrase(self) -> Iterator[Cell]:
         """Recall before and after continual training on paraphrases, beside controls."""

@@ -74,6 +74,8 @@ def causal_architecture(
     vocabulary: Vocabulary | None = None,
     longest: int | None = None,
     state_size: int | None = None,
+    ssm: str = "mamba2",
+    sliding_window: int | None = None,
 ) -> PreTrainedConfig:
     """The config of a causal language model: TransMamba-V1 to -V9, or a name of `CAUSAL_REFERENCES` or `HYBRIDS`.
 
@@ -81,7 +83,9 @@ def causal_architecture(
 
     Args:
         longest: tokens of the longest sequence, of which a schedule's TransPoints are shares; by default the size's.
-        state_size: of the hybrids' Mamba-2; by default as wide as attention's heads.
+        state_size: of the hybrids' SSM; by default as wide as attention's heads.
+        ssm: of the hybrids, also of the one that is named Mamba-2: "mamba2" or "mamba1".
+        sliding_window: tokens that the hybrids' attention reaches; all of them by default.
 
     Raises:
         ValueError: there is none of that name, or it cannot be made so small.
@@ -124,6 +128,8 @@ def causal_architecture(
             fusion=hybrid.fusion,
             mamba_head_size=width,
             state_size=state_size or width,
+            ssm=ssm,
+            sliding_window=sliding_window,
         )
 
     target, step = encoder_parameters(transmamba("V9")), max(1, size.hidden_size // 32)

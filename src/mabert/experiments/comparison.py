@@ -20,6 +20,21 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Where the mean of more such values lies, by Student's t.
+
+    Raises:
+        ValueError: there are fewer than two values.
+    """
+    from scipy.stats import t
+
+    mean, spread = mean_and_spread(values)
+    if spread is None:
+        raise ValueError("one value has no interval.")
+    half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * spread / len(values) ** 0.5
+    return mean - half, mean + half
+
+
 def paired_comparison(
     gold: np.ndarray,
     predicted_a: np.ndarray,

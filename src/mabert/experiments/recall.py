@@ -6,6 +6,7 @@ After arXiv 2510.26912, of which the questions are known and not the settings.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from mabert.experiments.causal_architectures import HYBRIDS, causal_architecture
 from mabert.experiments.cells import Cell
 from mabert.experiments.scales import Scale
 from mabert.models.causal import MEMORIES
-from mabert.training.recall import RecallRun, evaluate_recall, train_recall
+from mabert.training.recall import EVALUATION_SEED, RecallRun, evaluate_recall, train_recall
 
-SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers", "state_size")
+SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers", "state_size", "ssm", "sliding_window")
+GUESSED_ROWS = 1_000
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Recall:
 
     scale: Scale
     console: Console
+    work: Path
 
     def cells(self) -> Iterator[Cell]:
         """Every kind, architecture and seed."""
@@ -39,37 +42,49 @@ class Recall:
                     yield self.cell(name, kind, seed)
 
     def cell(self, name: str, kind: str, seed: int) -> Cell:
-        """One model, trained on a kind of task at every length and number of facts, then asked and probed at each."""
+        """One model, trained on a kind of task at every length and number of facts, then asked and probed at each; and
+        asked in rows that are longer."""
         recall = self.scale.recall
         run = replace(recall.run(seed), bf16=torch.cuda.is_available())
+        scratch = self.work / "recall" / name / kind / str(seed)
         return Cell(
             name=f"recall/{name}/{kind}/{seed}",
             config={
                 "architecture": name,
                 "size": {field: getattr(recall, field) for field in SIZE},
                 "tasks": [asdict(task) for task in recall.tasks(kind)],
+                "beyond": recall.beyond,
                 "run": asdict(run),
                 "eval_rows": recall.eval_rows,
             },
-            run=partial(self._run, name, kind, run),
+            run=partial(self._run, name, kind, run, scratch / "training.pt"),
+            scratch=scratch,
         )
 
-    def _run(self, name: str, kind: str, run: RecallRun) -> dict[str, Any]:
+    def _run(self, name: str, kind: str, run: RecallRun, checkpoint: Path) -> dict[str, Any]:
         recall = self.scale.recall
-        config = causal_architecture(name, recall, Vocabulary(recall.vocab_size), state_size=recall.state_size)
+        config = causal_architecture(
+            name,
+            recall,
+            Vocabulary(recall.vocab_size),
+            state_size=recall.state_size,
+            ssm=recall.ssm,
+            sliding_window=recall.sliding_window,
+        )
         set_seed(run.seed)
         model = AutoModelForCausalLM.from_config(config)
 
         def say(line: str) -> None:
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-        training = train_recall(model, recall.tasks(kind), run, say)
+        training = train_recall(model, recall.tasks(kind), run, say, checkpoint=checkpoint)
         return {
             "parameters": model.num_parameters(),
             "encoder_parameters": encoder_parameters(config),
             "lessons": [asdict(lesson) for lesson in training.lessons],
+            "taught": training.taught,
             "losses": training.losses[:: max(1, len(training.losses) // 50)],
-            "asked": [self._asked(model, task) for task in recall.tasks(kind)],
+            "asked": [self._asked(model, task) for task in recall.asked(kind)],
         }
 
     def _asked(self, model: PreTrainedModel, task: RecallTask) -> dict[str, Any]:
@@ -83,6 +98,7 @@ class Recall:
         return {
             "length": task.length,
             "pairs": task.pairs,
+            "guessing": task.guessing(GUESSED_ROWS, EVALUATION_SEED),
             "accuracy": accuracy,
             "probes": {"both": accuracy[task.place]} | probes,
         }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mabert.causal_config import TRANSPOINTS
+from mabert.causal_config import SSMS, TRANSPOINTS
 from mabert.config import FUSIONS, MaBertConfig
 from mabert.data.paraphrase import Augmentation
 from mabert.data.recall import KINDS, RecallTask
@@ -90,10 +90,17 @@ class RecallScale:
     which key stood before it, and one that finds it."""
     state_size: int | None = None
     """Of Mamba-2; by default as wide as a head of attention. The smaller, the fewer facts a state holds."""
+    ssm: str = "mamba2"
+    """The mixer that stands beside attention, and alone in the model that is named Mamba-2: or "mamba1"."""
+    sliding_window: int | None = None
+    """Tokens that attention reaches, itself included; all of them by default."""
     vocab_size: int = 128
 
     kinds: tuple[str, ...] = ("mqar", "phonebook", "passkey")
     lengths: tuple[int, ...] = (64, 128, 256, 512)
+    """Of the rows, in training and when asked."""
+    beyond: tuple[int, ...] = (1_024,)
+    """Lengths of rows that are asked only: longer than any in training."""
     pairs: tuple[int, ...] = (4, 16)
     """Facts in a row, as far as they find room."""
     copied: int = 48
@@ -102,8 +109,8 @@ class RecallScale:
     """Facts in the rows of the lessons after it, which hold nothing else."""
     lesson_steps: int = 4_000
     """The most steps of one lesson."""
-    steps: int = 4_000
-    """After the lessons, on rows of all lengths and numbers of facts in turns."""
+    steps: int = 12_000
+    """In all: lessons take half of them at most, the others go to rows of all lengths and numbers of facts in turns."""
     tokens: int = 8_192
     """In the rows of a step."""
     learning_rate: float = 2e-3
@@ -121,6 +128,17 @@ class RecallScale:
                 f"recall.layers={self.layers} must be even and at least 4: half of the models have two mixers in a "
                 "layer, and one layer cannot recall."
             )
+        if self.ssm not in SSMS:
+            raise ValueError(f"recall.ssm={self.ssm!r} is not one of {', '.join(SSMS)}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"recall.sliding_window={self.sliding_window} must be at least 1.")
+        for name in ("kinds", "lengths", "pairs"):
+            if not getattr(self, name):
+                raise ValueError(f"recall.{name} is empty: give at least one.")
+        if self.beyond and min(self.beyond) <= max(self.lengths):
+            raise ValueError(
+                f"recall.beyond={self.beyond} must be longer than the rows of training, lengths={self.lengths}."
+            )
         for kind in self.kinds:
             asked = {task.length for task in self.tasks(kind)}
             for length in self.lengths:
@@ -134,7 +152,7 @@ class RecallScale:
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
-        return max(self.lengths)
+        return max(self.lengths + self.beyond)
 
     def run(self, seed: int = 0) -> RecallRun:
         """How a model of a seed is trained."""
@@ -149,11 +167,18 @@ class RecallScale:
         )
 
     def tasks(self, kind: str) -> list[RecallTask]:
-        """Each number of facts at each length that has room for it."""
+        """What is trained on: each number of facts at each length that has room for it."""
+        return self._tasks(kind, self.lengths)
+
+    def asked(self, kind: str) -> list[RecallTask]:
+        """What is asked: that, and what is longer."""
+        return self._tasks(kind, self.lengths + self.beyond)
+
+    def _tasks(self, kind: str, lengths: tuple[int, ...]) -> list[RecallTask]:
         found = []
         for pairs in (1,) if kind == "passkey" else self.pairs:
             shortest = RecallTask.shortest(kind=kind, pairs=pairs, vocab_size=self.vocab_size)
-            found += [replace(shortest, length=length) for length in self.lengths if length >= shortest.length]
+            found += [replace(shortest, length=length) for length in lengths if length >= shortest.length]
         return found
 
 
@@ -341,11 +366,12 @@ def tiny() -> Scale:
             hidden_size=32,
             vocab_size=64,
             lengths=(64,),
+            beyond=(96,),
             pairs=(4,),
             copied=24,
             lessons=(2,),
             lesson_steps=40,
-            steps=40,
+            steps=120,
             tokens=768,
             seeds=1,
             eval_rows=64,
@@ -407,13 +433,14 @@ def cpu() -> Scale:
         recall=RecallScale(
             intermediate_size=128,
             state_size=4,
-            vocab_size=128,
+            vocab_size=320,
             kinds=("mqar",),
             lengths=(128, 256, 512, 1024),
-            pairs=(4, 28),
-            lessons=(2, 4, 8, 16, 28),
-            lesson_steps=2_000,
-            steps=400,
+            beyond=(2048,),
+            pairs=(4, 64),
+            lessons=(2, 4, 8, 16, 32, 64),
+            lesson_steps=1_000,
+            steps=2_000,
             tokens=2_048,
             learning_rate=1e-3,
             eval_rows=64,

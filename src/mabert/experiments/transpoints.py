@@ -17,7 +17,7 @@ from mabert.experiments.fresh_process import in_fresh_process
 from mabert.experiments.pretraining import pretraining_cell
 from mabert.experiments.scales import SCALES, CausalScale, Scale
 from mabert.experiments.sources import Sources
-from mabert.ops.ssd import CHUNK
+from mabert.ops.ssd import chunk_steps
 
 MAIN = (transmamba_name("V9"), *CAUSAL_REFERENCES)
 """The paper's last schedule, and what it is compared with."""
@@ -143,5 +143,5 @@ def mixer_flops(config: TransMambaConfig, length: int, point: int) -> dict[str, 
         "projections": 2 * hidden * (4 * hidden + config.num_attention_heads) * length + 2 * hidden**2 * after,
         "attention": 2 * before * (before + 1) * hidden,  # scores and their products with values, half of them masked
         "converter": 2.0 * before * hidden * width if after else 0.0,
-        "scan": after * hidden * (4 * CHUNK + 4 * width),  # within the chunks; to the states and from them
+        "scan": after * hidden * (4 * chunk_steps(width**2) + 4 * width),  # within the chunks; to the states and from them
     }

@@ -7,6 +7,7 @@ Shape suffixes: B batch, L length, S sequences, K heads, P head width, N state, 
 heads in a group, R rows (chunks of all sequences), Q and J steps in a chunk.
 """
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from mabert.ops.boundaries import check_boundaries
 from mabert.ops.chunks import ChunkSchedule
 
-CHUNK = 64
-"""Steps in a chunk: products of this size within, one hand-over of a state per so many steps."""
+CHUNKS = 16, 64
+"""The least and the most steps in a chunk: products of its size within, one hand-over of a state per chunk."""
 SMALLEST = -104.0
 """The logarithm of a decay that is zero in fp32."""
 
@@ -105,7 +106,7 @@ def _chunked(x, delta, A, B, C, cu_seqlens, initial_state) -> tuple[Tensor, Tens
     dtype = torch.promote_types(x.dtype, torch.float32)
     heads, groups = x.shape[2], B.shape[2]
     longest = x.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    size = min(CHUNK, 1 << max(longest - 1, 0).bit_length())
+    size = min(chunk_steps(x.shape[3] * B.shape[3]), 1 << max(longest - 1, 0).bit_length())
     schedule = ChunkSchedule.build(size, x.shape[0], x.shape[1], x.device, cu_seqlens=cu_seqlens)
 
     def by_group(t: Tensor) -> Tensor:
@@ -144,6 +145,15 @@ def _chunked(x, delta, A, B, C, cu_seqlens, initial_state) -> tuple[Tensor, Tens
     y_RGMQP = y_RGMQP + decayed_RGMQ.exp().unsqueeze(-1).to(x.dtype) * (C_RG1QN @ before_RGMPN.mT)
     y = schedule.scatter(y_RGMQP.movedim(3, 1).flatten(2, 3), x)
     return y, torch.empty_like(final_SKPN).index_copy(0, schedule.rank_S, final_SKPN)
+
+
+def chunk_steps(numbers: int) -> int:
+    """Steps in a chunk where a head's state has so many numbers: those that make the products within as large as it is.
+
+    Work within grows with the chunk, that on states falls with it: about equal, they are least together.
+    """
+    least, most = CHUNKS
+    return min(max(1 << round(math.log2(numbers) / 2), least), most)
 
 
 def _exact_sums(decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
-"""A causal model trained on a recall task from random weights, and asked."""
+"""A causal model trained on a recall task, and asked."""
 
+import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mabert.data.mlm import IGNORED
 from mabert.data.recall import CopyTask, Language, RecallDataset, RecallTask, answers_right
+from mabert.files import atomic_write, remove_leftovers
 from mabert.inference.loading import default_device
 from mabert.training.optim import adamw
 
@@ -26,6 +29,9 @@ WARM_UP = 100
 """Steps until the learning rate is at its height."""
 RECENT = 20
 """Steps over which the loss is averaged where it decides whether a lesson is learnt."""
+MOST_TAUGHT = 0.5
+"""Share of all steps after which there are no more lessons."""
+SAY_SECONDS, SAVE_SECONDS = 10, 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,8 @@ class RecallRun:
     """How a model is trained on recall.
 
     Trained on long rows with many facts from the start, a model gives some value of the row and never finds out which
-    one is asked for. So lessons come first: to copy, then few facts, then more, in rows that hold nothing else.
+    one is asked for. So lessons come first: to copy, then few facts, then more, in rows that hold nothing else. Who is
+    soon done with them has more steps for the tasks; all steps together are the same for every model.
     """
 
     copied: int = 0
@@ -41,11 +48,12 @@ class RecallRun:
     lessons: tuple[int, ...] = ()
     """Facts in the rows of each lesson."""
     lesson_steps: int = 1_000
-    """The most steps of one lesson. After one with facts that was not learnt there are no others."""
+    """The most steps of one lesson. The next one comes then, learnt or not, as long as half of all steps are left."""
     learnt: float = 0.3
-    """The loss, in nats a token, at which a lesson ends before that."""
+    """The loss, in nats a token, at which a lesson ends before that; or half of what guessing among the values of a row
+    gets, where that is lower."""
     steps: int
-    """After the lessons, on the tasks themselves."""
+    """In all: after the lessons, which take half of them at most, come the tasks themselves."""
     tokens: int
     """In the rows of a step; of rows that are longer there is one."""
     learning_rate: float
@@ -57,8 +65,10 @@ class RecallRun:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("learning_rate", "learnt"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative.")
 
     def lessons_for(self, task: RecallTask) -> list[RecallTask | CopyTask]:
         """The lessons before a task: copying, then its facts in the shortest rows that hold so many.
@@ -84,14 +94,28 @@ class Lesson:
     is_learnt: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class RecallTraining:
-    """What a training on recall left beside the model."""
+    """How far a training on recall is."""
 
-    lessons: list[Lesson]
-    """Those that were given."""
-    losses: list[float]
-    """Of the steps after the lessons."""
+    lessons: list[Lesson] = field(default_factory=list)
+    """Those that are over."""
+    lesson: list[float] = field(default_factory=list)
+    """The losses of the one that is going on."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps on the tasks."""
+    rows: int = 0
+    """Rows of the stream that were trained on."""
+
+    @property
+    def taught(self) -> int:
+        """Steps in lessons."""
+        return sum(lesson.steps for lesson in self.lessons) + len(self.lesson)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.taught + len(self.losses)
 
 
 def train_recall(
@@ -99,85 +123,149 @@ def train_recall(
     tasks: Sequence[RecallTask],
     run: RecallRun,
     report: Callable[[str], None] = lambda line: None,
+    *,
+    language: Language | None = None,
+    checkpoint: Path | None = None,
 ) -> RecallTraining:
     """Train a model on fresh rows, the answers alone being learnt: the lessons, then the tasks in turns.
 
     Args:
         tasks: of one kind; a step has rows of one of them.
         report: is given a line about progress and time left now and then.
+        language: teach in the tokens of a tokenizer, with real text between the facts.
+        checkpoint: a file to which everything is saved once a minute and at the end; if it is there, the training goes
+            on from it, with the losses that it would have had without the stop.
 
     Raises:
-        ValueError: there are no tasks, or they are of several kinds.
+        ValueError: there are no tasks, or they are of several kinds, or have more tokens than the model; or the
+            checkpoint is that of another training.
         FloatingPointError: the loss became NaN or infinite.
     """
     if len({(task.kind, task.vocab_size) for task in tasks}) != 1:
         raise ValueError("tasks must be at least one, all of one kind and vocabulary.")
-    pupil = _Pupil(model, run, report)
-    lessons, losses = [], []
-    for lesson in run.lessons_for(tasks[0]):
-        lessons.append(pupil.taught(lesson))
-        if lessons[-1].pairs and not lessons[-1].is_learnt:
-            break
-    for step in range(run.steps):
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / run.steps)
-        losses.append(pupil.step(tasks[step % len(tasks)], decay))
-        pupil.say("tasks", step + 1, run.steps, losses[-1])
-    return RecallTraining(lessons, losses)
+    _check_vocabulary(model, tasks[0], language)
+    pupil = _Pupil(model, tasks, run, language, checkpoint)
+    lessons, done = run.lessons_for(tasks[0]), pupil.training
+    began = said = saved = time.monotonic()
+    first = done.steps
+    while done.steps < run.steps:
+        if len(done.lessons) < len(lessons) and done.taught < int(MOST_TAUGHT * run.steps) and not done.losses:
+            task = lessons[len(done.lessons)]
+            what, loss = "copying" if isinstance(task, CopyTask) else f"lesson of {task.pairs}", pupil.step(task)
+            done.lesson.append(loss)
+            pupil.end_lesson(task)
+        else:
+            decay = 0.5 + 0.5 * math.cos(math.pi * len(done.losses) / (run.steps - done.taught))
+            what, loss = "tasks", pupil.step(tasks[len(done.losses) % len(tasks)], decay)
+            done.losses.append(loss)
+        now = time.monotonic()
+        if now - said > SAY_SECONDS or done.steps == run.steps:
+            left = (now - began) / (done.steps - first) * (run.steps - done.steps)
+            report(f"{what}: step {done.steps:,} of {run.steps:,}, loss {loss:.4f}, {left:.0f} s left")
+            said = now
+        if now - saved > SAVE_SECONDS or done.steps == run.steps:
+            pupil.save()
+            saved = time.monotonic()
+    return done
+
+
+def _check_vocabulary(model: PreTrainedModel, task: RecallTask, language: Language | None) -> None:
+    has, needs = model.config.vocab_size, task.vocab_size if language is None else int(language.words.max()) + 1
+    if has < needs:
+        raise ValueError(f"the model has {has:,} tokens, but the task {needs:,}: give fewer, or another model.")
 
 
 class _Pupil:
-    """A model, its optimizer, and how far it is in the stream of rows."""
+    """A model, its optimizer, and how far they are."""
 
-    def __init__(self, model: PreTrainedModel, run: RecallRun, report: Callable[[str], None]) -> None:
-        self.model, self.run, self.report, self.device = model, run, report, default_device()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tasks: Sequence[RecallTask],
+        run: RecallRun,
+        language: Language | None,
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.run, self.language, self.checkpoint = model, run, language, checkpoint
+        self.device, self.training = default_device(), RecallTraining()
         model.to(self.device).train()  # type: ignore[arg-type]
         self.optimizer = adamw(model, learning_rate=run.learning_rate, betas=BETAS, weight_decay=0.0)
-        self.steps = self.rows = 0
-        self.began = self.said = time.monotonic()
+        whole = {
+            "run": asdict(run),
+            "tasks": [asdict(task) for task in tasks],
+            "model": model.config.to_diff_dict(),
+            "language": None if language is None else language.digest,
+        }
+        self.identity = json.dumps(whole, sort_keys=True, default=str)
+        if checkpoint is not None:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(checkpoint.parent, checkpoint.name)
+            if checkpoint.exists():
+                self._load(checkpoint)
 
     def step(self, task: RecallTask | CopyTask, decay: float = 1.0) -> float:
         """One step on fresh rows of a task; give its loss."""
-        end = self.rows + max(1, self.run.tokens // task.length)
-        stream = RecallDataset(task, end, self.run.seed)
-        batch = default_collate([stream[row] for row in range(self.rows, end)])
+        begin = self.training.rows
+        end = begin + max(1, self.run.tokens // task.length)
+        stream = RecallDataset(task, end, self.run.seed, self.language)
+        batch = default_collate([stream[row] for row in range(begin, end)])
+        step = self.training.steps + 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.run.learning_rate * min(1.0, (self.steps + 1) / WARM_UP) * decay
+            group["lr"] = self.run.learning_rate * min(1.0, step / WARM_UP) * decay
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
             loss = self.model(**{name: batch[name].to(self.device) for name in ("input_ids", "labels")}).loss
-        self.rows, self.steps = end, self.steps + 1
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
-                f"the loss became {value} in step {self.steps}: lower learning_rate={self.run.learning_rate}"
+                f"the loss became {value} in step {step}: lower learning_rate={self.run.learning_rate}"
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.training.rows = end
         return value
 
-    def taught(self, task: RecallTask | CopyTask) -> Lesson:
-        """Steps on a task until it is learnt, or there were enough of them."""
-        losses: deque[float] = deque(maxlen=RECENT)
-        pairs = task.pairs if isinstance(task, RecallTask) else 0
-        name = f"lesson of {pairs}" if pairs else "copying"
-        for step in range(1, self.run.lesson_steps + 1):
-            losses.append(self.step(task))
-            loss = sum(losses) / len(losses)
-            is_learnt = len(losses) == RECENT and loss < self.run.learnt
-            self.say(name, step, self.run.lesson_steps, loss, ended=is_learnt)
-            if is_learnt:
-                break
-        return Lesson(pairs, task.length, step, loss, is_learnt)
+    def end_lesson(self, task: RecallTask | CopyTask) -> None:
+        """Close the lesson, if it is learnt, or had its steps, or the time for lessons is over."""
+        losses, done = self.training.lesson, self.training
+        recent = losses[-RECENT:]
+        loss = sum(recent) / len(recent)
+        guessed = task.guessing_loss
+        is_learnt = len(losses) >= RECENT and loss < min(self.run.learnt, guessed / 2 if guessed else math.inf)
+        if is_learnt or len(losses) == self.run.lesson_steps or done.taught >= int(MOST_TAUGHT * self.run.steps):
+            pairs = task.pairs if isinstance(task, RecallTask) else 0
+            done.lessons.append(Lesson(pairs, task.length, len(losses), loss, is_learnt))
+            done.lesson = []
 
-    def say(self, what: str, step: int, steps: int, loss: float, ended: bool = False) -> None:
-        """Report how far this part is, every ten seconds and at its end."""
-        now = time.monotonic()
-        if step == 1:
-            self.began = now
-        if now - self.said > 10 or step == steps or ended:
-            left = 0 if ended else (now - self.began) / step * (steps - step)
-            self.report(f"{what}: step {step:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left of it at most")
-            self.said = now
+    def save(self) -> None:
+        """Write all that a later process needs to go on."""
+        if self.checkpoint is None:
+            return
+        state: dict[str, Any] = {
+            "identity": self.identity,
+            "training": asdict(self.training),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state()
+        with atomic_write(self.checkpoint) as file:
+            torch.save(state, file)
+
+    def _load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state["identity"] != self.identity:
+            raise ValueError(
+                f"{checkpoint} is of another model, other tasks or other choices: delete it, or name another file."
+            )
+        done = state["training"]
+        self.training = RecallTraining(**done | {"lessons": [Lesson(**lesson) for lesson in done["lessons"]]})
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"])
 
 
 @dataclass(frozen=True)
@@ -207,7 +295,13 @@ def evaluate_recall(
         memories: what may cross from the facts to the questions, for a probe of a hybrid: "recurrent-only",
             "attention-only", "none".
         language: ask in the tokens of a tokenizer, with real text between the facts.
+
+    Raises:
+        ValueError: there are no rows to ask, or the model has fewer tokens than the task.
     """
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1.")
+    _check_vocabulary(model, task, language)
     was_training = model.training
     model.eval()
     right: list[Tensor] = []

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from mabert.data.recall import PLACES
 from mabert.experiments.causal_architectures import HYBRIDS
+from mabert.experiments.comparison import mean_interval
 from mabert.experiments.report.captions import at_scale, counted
 from mabert.experiments.report.collect import Measured, Record, Results
 from mabert.experiments.report.markup import DASH, Column, Entry, Figure, Panel, Row, Section, Table, entry
@@ -21,6 +23,9 @@ ABOUT = (
     "parallel ones on longer, and fusion by attention to recall best. What was found here stands below the figure."
 )
 PROBES = {"recurrent-only": "recurrent only", "attention-only": "attention only", "none": "neither"}
+FAMILIES = ("sequential", "parallel")
+LEAST_SEEDS = 5
+"""With fewer of them nothing is said about what differs."""
 assert PROBES.keys() == MEMORIES.keys() - {"both"}  # as it is, a model is asked by place
 
 
@@ -87,8 +92,14 @@ class _Kind:
 
     def lengths(self) -> dict[int, list[int]]:
         """The lengths that were asked for with each number of facts."""
-        asked = sorted({(task["pairs"], task["length"]) for record in self.found for task in record.config["tasks"]})
+        asked = sorted({(asked["pairs"], asked["length"]) for record in self.found for asked in record.at("asked")})
         return {pairs: [length for of, length in asked if of == pairs] for pairs, _ in asked}
+
+    def trained_on(self, pairs: int) -> list[int]:
+        """Those of them that rows of training had."""
+        return sorted(
+            {task["length"] for record in self.found for task in record.config["tasks"] if task["pairs"] == pairs}
+        )
 
     def titled(self, pairs: int) -> str:
         return self.kind if pairs == 1 else f"{self.kind}, {pairs} facts"
@@ -97,11 +108,23 @@ class _Kind:
         """How the models were trained, and what is shown of them."""
         runs = [record.config["run"] for record in self.found]
         has_lessons = any(run["copied"] or run["lessons"] for run in runs)
-        taught = f"lessons of at most {_each(runs, 'lesson_steps')} steps, then " if has_lessons else ""
+        lessons = ", lessons in at most half of them, then" if has_lessons else ""
         return (
-            f"{at_scale(self.results)}; {taught}{_each(runs, 'steps')} steps on all lengths and numbers of facts in "
-            f"turns, of {_each(runs, 'tokens')} tokens. {self.scored()}"
+            f"{at_scale(self.results)}; {_each(runs, 'steps')} steps of {_each(runs, 'tokens')} tokens{lessons} on all "
+            f"lengths of training and numbers of facts in turns. {self.scored()}"
         )
+
+    def guessed(self, pairs: int, length: int) -> str:
+        """What guessing among the values of a row gets."""
+        if pairs == 1:
+            return ""
+        (share,) = {
+            asked["guessing"]
+            for record in self.found
+            for asked in record.at("asked")
+            if (asked["pairs"], asked["length"]) == (pairs, length)
+        }
+        return f" Who knows the row's values and guesses whose they are: {share:.1%} (simulated)."
 
     def scored(self) -> str:
         """What a score is."""
@@ -137,8 +160,9 @@ class _Kind:
             rows.append(Row(model, entries if seeds else [Entry(DASH)] * len(columns)))
         caption = (
             "Steps until the loss of the last 20 was below "
-            f"{_each([record.config['run'] for record in self.found], 'learnt')} nats a token, mean over the seeds "
-            f"that got there; behind it how many did, where not all. {self.about()}"
+            f"{_each([record.config['run'] for record in self.found], 'learnt')} nats a token, or half of a guesser's, "
+            f"mean over the seeds that got there; behind it how many did, where not all. A lesson has at most "
+            f"{_each([record.config['run'] for record in self.found], 'lesson_steps')} steps. {self.about()}"
         )
         return Table(f"Lessons · {self.kind}", caption, [columns[n] for n in sorted(columns)], rows, self.wanted)
 
@@ -160,8 +184,13 @@ class _Kind:
                 Axis("answers that are right"),
             )
             panels.append(Panel(self.titled(pairs), svg))
-            notes += self.alone_and_fused(pairs, lengths)
-            notes += [finding for length in lengths for finding in self.findings(pairs, length)]
+            if guessed := self.guessed(pairs, lengths[0]):
+                notes.append(f"{self.titled(pairs)}.{guessed}")
+            if beyond := [length for length in lengths if length not in self.trained_on(pairs)]:
+                notes.append(f"{self.titled(pairs)}: no row of training had {_listed(beyond)} tokens.")
+            notes += self.alone_and_fused(pairs, self.trained_on(pairs))
+            for place in ("spread", "early"):
+                notes += [finding for length in lengths for finding in self.findings(pairs, length, place)]
         caption = f"Facts anywhere in the row. {self.about()} Bars: ± standard deviation over the seeds."
         legend = key((model, style(model)) for model in HYBRIDS)
         return Figure(f"Recall by length · {self.kind}", caption, legend, panels, self.wanted, notes)
@@ -177,33 +206,30 @@ class _Kind:
         fusions = [model for model in means if model.startswith("parallel")]
         least, most = min(fusions, key=means.__getitem__), max(fusions, key=means.__getitem__)
         return [
-            f"{self.titled(pairs)}, mean over the lengths: attention alone recalls {means['Transformer']:.1%}, the SSM "
+            f"{self.titled(pairs)}, mean over the lengths of training: attention alone recalls {means['Transformer']:.1%}, the SSM "
             f"alone {means['Mamba-2']:.1%}, the fusions {means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
         ]
 
-    def findings(self, pairs: int, length: int) -> list[str]:
-        """Which family of hybrids recalls better, from the numbers; nothing while cells are missing."""
-        families = {
-            family: [name for name in HYBRIDS if name.startswith(family)] for family in ("sequential", "parallel")
-        }
-        best: dict[str, tuple[float, float, str]] = {}
+    def findings(self, pairs: int, length: int, place: str) -> list[str]:
+        """Which family of hybrids recalls better, its members taken together; nothing while cells are missing."""
+        families = {family: [name for name in HYBRIDS if name.startswith(family)] for family in FAMILIES}
+        means: dict[str, list[float]] = {}
         for family, models in families.items():
-            measured = {model: self.measure(model, pairs, length, "accuracy", "spread") for model in models}
-            if not all(of.is_complete for of in measured.values()):
+            measured = [self.measure(model, pairs, length, "accuracy", place) for model in models]
+            if not all(of.is_complete for of in measured):
                 return []
-            scores = [(*of.mean_and_spread, model) for model, of in measured.items()]
-            best[family] = max(((mean, spread or 0.0, model) for mean, spread, model in scores), key=lambda of: of[0])
-        (first, spread, one), (second, beside, other) = best["sequential"], best["parallel"]
+            means[family] = [fmean(values) for values in zip(*(of.values for of in measured), strict=True)]
+        first, second = (fmean(means[family]) for family in FAMILIES)
         numbers = (
-            f"{self.titled(pairs)}: at {length:,} tokens the best of {len(families['sequential'])} sequential ones "
-            f"({one}) recalls {first:.1%}, the best of {len(families['parallel'])} parallel ones ({other}) "
-            f"{second:.1%}, each chosen on the same rows"
+            f"{self.titled(pairs)}, {place}, {length:,} tokens: the {len(families['sequential'])} sequential ones recall "
+            f"{first:.1%} on average, the {len(families['parallel'])} parallel ones {second:.1%}"
         )
-        if len(self.seeds) == 1:
-            return [f"{numbers}; of one seed each, which says little."]
-        if abs(first - second) <= spread + beside or abs(first - second) < 0.01:
-            return [f"{numbers}: no difference beyond the deviation of the seeds, or one in a hundred."]
-        return [f"{numbers}: the {'sequential' if first > second else 'parallel'} one is better."]
+        if len(self.seeds) < LEAST_SEEDS:
+            return [f"{numbers}; too few seeds to tell them apart."]
+        differences = [100 * (p - s) for s, p in zip(means["sequential"], means["parallel"], strict=True)]
+        low, high = mean_interval(differences)
+        verdict = "parallel is better" if low > 0 else "sequential is better" if high < 0 else "no difference to be seen"
+        return [f"{numbers}, {low:+.1f} to {high:+.1f} points apart (95%, over the seeds): {verdict}."]
 
     def asked_table(self, pairs: int, length: int) -> Table:
         """Accuracy in rows of one length, by where the facts stand and by what may pass from them to the questions."""
@@ -221,11 +247,18 @@ class _Kind:
             "attention reaches, or nothing. Models were trained with both."
         )
         title = f"Recall by place and memory · {self.titled(pairs)} in {length:,} tokens"
-        return Table(title, f"{at_scale(self.results)}. {about} {self.scored()}", columns, rows, self.wanted)
+        if length not in self.trained_on(pairs):
+            about += " No row of training was so long."
+        caption = f"{at_scale(self.results)}. {about}{self.guessed(pairs, length)} {self.scored()}"
+        return Table(title, caption, columns, rows, self.wanted)
 
 
 def _each(runs: Sequence[dict[str, Any]], field: str) -> str:
-    return " or ".join(f"{value:,}" for value in sorted({run[field] for run in runs}))
+    return _listed(sorted({run[field] for run in runs}))
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return " or ".join(f"{number:,}" for number in numbers)
 
 
 def _learnt(lessons: Sequence[dict[str, Any]], seeds: int) -> Entry:
