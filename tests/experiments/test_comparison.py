@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from mabert.experiments.comparison import mean_and_spread, metric_of_tables, paired_comparison
+from mabert.experiments.comparison import mean_and_spread, mean_interval, metric_of_tables, paired_comparison
 from mabert.training.metrics import compute_metrics
 
 SKLEARN = {"accuracy": accuracy_score, "f1": f1_score, "mcc": matthews_corrcoef}
@@ -23,6 +23,14 @@ def with_errors(gold, share, rng):
 
 
 # Mean and spread
+
+
+def test_the_interval_of_a_mean_is_students():
+    assert mean_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-3)  # 2.776 · 1.581 / √5
+    low, high = mean_interval([1, 2, 3, 4, 5], confidence=0.5)
+    assert high - low < 1.1
+    with pytest.raises(ValueError, match="one value has no interval"):
+        mean_interval([1.0])
 
 
 def test_mean_and_sample_standard_deviation():

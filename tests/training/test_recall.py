@@ -139,31 +139,32 @@ class TestLessons:
         assert evaluate_recall(model, self.MQAR, 64).accuracy > 0.95
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The end of the process, planted."""
+
+
+CHOICES = {"copied": 24, "lessons": (2, 3), "lesson_steps": 8, "steps": 40}
 
 
 class TestGoingOn:
     """A training that is stopped goes on from its checkpoint as if nothing had been."""
 
-    CHOICES = {"copied": 24, "lessons": (2, 3), "lesson_steps": 8, "steps": 40}
-
     def killed_after(self, steps, monkeypatch, checkpoint, model, **choices):
         def step(self, *args, **kwargs):
             if self.training.steps == steps:
-                raise Killed
+                raise KilledError
             return original(self, *args, **kwargs)
 
         original = recall._Pupil.step
         with monkeypatch.context() as patch:
             patch.setattr(recall._Pupil, "step", step)
-            with pytest.raises(Killed):
-                train_recall(model, [TestLessons.MQAR], run(**self.CHOICES, **choices), checkpoint=checkpoint)
+            with pytest.raises(KilledError):
+                train_recall(model, [TestLessons.MQAR], run(**CHOICES, **choices), checkpoint=checkpoint)
 
     @pytest.mark.parametrize("steps", [5, 8, 11, 30])
     def test_with_the_same_losses_and_weights(self, steps, monkeypatch, tmp_path):
         whole = made(hidden_dropout_prob=0.1)
-        expected = train_recall(whole, [TestLessons.MQAR], run(**self.CHOICES))
+        expected = train_recall(whole, [TestLessons.MQAR], run(**CHOICES))
         monkeypatch.setattr(recall, "SAVE_SECONDS", -1)
         checkpoint = tmp_path / "scratch" / "training.pt"
         torch.manual_seed(0)
@@ -172,7 +173,7 @@ class TestGoingOn:
         model = HybridForCausalLM(HybridConfig(**SIZES, pattern="S", hidden_dropout_prob=0.1))
         taken: list[None] = []
         model.register_forward_pre_hook(lambda *_: taken.append(None))
-        assert train_recall(model, [TestLessons.MQAR], run(**self.CHOICES), checkpoint=checkpoint) == expected
+        assert train_recall(model, [TestLessons.MQAR], run(**CHOICES), checkpoint=checkpoint) == expected
         assert len(taken) == 40 - steps
         for name, weight in whole.state_dict().items():
             assert torch.equal(model.state_dict()[name], weight), name

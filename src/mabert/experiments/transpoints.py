@@ -143,5 +143,6 @@ def mixer_flops(config: TransMambaConfig, length: int, point: int) -> dict[str, 
         "projections": 2 * hidden * (4 * hidden + config.num_attention_heads) * length + 2 * hidden**2 * after,
         "attention": 2 * before * (before + 1) * hidden,  # scores and their products with values, half of them masked
         "converter": 2.0 * before * hidden * width if after else 0.0,
-        "scan": after * hidden * (4 * chunk_steps(width**2) + 4 * width),  # within the chunks; to the states and from them
+        # within the chunks; to the states and from them
+        "scan": after * hidden * (4 * chunk_steps(width**2) + 4 * width),
     }

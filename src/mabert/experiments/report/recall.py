@@ -206,8 +206,9 @@ class _Kind:
         fusions = [model for model in means if model.startswith("parallel")]
         least, most = min(fusions, key=means.__getitem__), max(fusions, key=means.__getitem__)
         return [
-            f"{self.titled(pairs)}, mean over the lengths of training: attention alone recalls {means['Transformer']:.1%}, the SSM "
-            f"alone {means['Mamba-2']:.1%}, the fusions {means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
+            f"{self.titled(pairs)}, mean over the lengths of training: attention alone recalls "
+            f"{means['Transformer']:.1%}, the SSM alone {means['Mamba-2']:.1%}, the fusions "
+            f"{means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
         ]
 
     def findings(self, pairs: int, length: int, place: str) -> list[str]:
@@ -221,14 +222,14 @@ class _Kind:
             means[family] = [fmean(values) for values in zip(*(of.values for of in measured), strict=True)]
         first, second = (fmean(means[family]) for family in FAMILIES)
         numbers = (
-            f"{self.titled(pairs)}, {place}, {length:,} tokens: the {len(families['sequential'])} sequential ones recall "
-            f"{first:.1%} on average, the {len(families['parallel'])} parallel ones {second:.1%}"
+            f"{self.titled(pairs)}, {place}, {length:,} tokens: the {len(families['sequential'])} sequential ones "
+            f"recall {first:.1%} on average, the {len(families['parallel'])} parallel ones {second:.1%}"
         )
         if len(self.seeds) < LEAST_SEEDS:
             return [f"{numbers}; too few seeds to tell them apart."]
         differences = [100 * (p - s) for s, p in zip(means["sequential"], means["parallel"], strict=True)]
-        low, high = mean_interval(differences)
-        verdict = "parallel is better" if low > 0 else "sequential is better" if high < 0 else "no difference to be seen"
+        low, high = (round(bound, 1) + 0.0 for bound in mean_interval(differences))
+        verdict = "parallel is better" if low > 0 else "sequential is better" if high < 0 else "no difference seen"
         return [f"{numbers}, {low:+.1f} to {high:+.1f} points apart (95%, over the seeds): {verdict}."]
 
     def asked_table(self, pairs: int, length: int) -> Table:
