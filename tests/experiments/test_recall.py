@@ -78,8 +78,9 @@ def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
 def test_each_place_and_memory_is_asked(tmp_path, monkeypatch):
     asked = []
 
-    def recorded(model, task, rows, *, memories="both"):
+    def recorded(model, task, rows, *, memories, batch_size):
         assert rows == SCALE.recall.eval_rows
+        assert batch_size == 2**14 // task.length
         asked.append((task.pairs, task.length, task.place, memories))
         return RecallScore(len(asked), 0.0)
 

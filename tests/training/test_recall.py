@@ -104,10 +104,10 @@ class TestLessons:
         assert [(lesson.steps, lesson.is_learnt) for lesson in training.lessons] == [(RECENT, True)] * 2
         assert len(training.losses) == 200 - 2 * RECENT
 
-    def test_half_of_the_steps_are_for_the_tasks_however_slow_a_model_is(self):
-        training = train_recall(made(), [self.MQAR], run(lessons=(2, 3, 4), lesson_steps=30, steps=81, learnt=1e-6))
+    def test_a_third_of_the_steps_is_for_the_tasks_however_slow_a_model_is(self):
+        training = train_recall(made(), [self.MQAR], run(lessons=(2, 3, 4), lesson_steps=30, steps=61, learnt=1e-6))
         assert [(lesson.pairs, lesson.steps) for lesson in training.lessons] == [(2, 30), (3, 10)]
-        assert len(training.losses) == 41
+        assert len(training.losses) == 21
         assert training.taught == 40
 
     @pytest.mark.parametrize(("learnt", "is_learnt"), [(0.3, True), (0.02, False)])
@@ -220,12 +220,12 @@ class TestSteps:
             return step(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-        steps = 2 * (WARM_UP + 5)
+        taught, steps = WARM_UP + 8, 162
         train_recall(made(), [TASK], run(lessons=(1,), lesson_steps=steps, learnt=1e-9, steps=steps, tokens=24))
         assert rates[:WARM_UP] == pytest.approx([1e-3 * (n + 1) / WARM_UP for n in range(WARM_UP)])
-        assert rates[WARM_UP : WARM_UP + 5] == [1e-3] * 5
-        falling = [1e-3 * (0.5 + 0.5 * np.cos(np.pi * n / (WARM_UP + 5))) for n in range(WARM_UP + 5)]
-        assert rates[WARM_UP + 5 :] == pytest.approx(falling)
+        assert rates[WARM_UP:taught] == [1e-3] * 8
+        falling = [1e-3 * (0.5 + 0.5 * np.cos(np.pi * n / 54)) for n in range(54)]
+        assert rates[taught:] == pytest.approx(falling)
 
 
 class TestLanguage:

@@ -23,6 +23,7 @@ from mabert.training.recall import EVALUATION_SEED, RecallRun, evaluate_recall, 
 
 SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers", "state_size", "ssm", "sliding_window")
 GUESSED_ROWS = 1_000
+TOKENS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ class Recall:
         }
 
     def _asked(self, model: PreTrainedModel, task: RecallTask) -> dict[str, Any]:
-        rows = self.scale.recall.eval_rows
-        accuracy = {place: evaluate_recall(model, replace(task, place=place), rows).accuracy for place in PLACES}
-        probes = {
-            memories: evaluate_recall(model, task, rows, memories=memories).accuracy
-            for memories in MEMORIES
-            if memories != "both"
-        }
+        def right(task: RecallTask, memories: str) -> float:
+            batch_size = max(1, TOKENS_AT_ONCE // task.length)
+            rows = self.scale.recall.eval_rows
+            return evaluate_recall(model, task, rows, memories=memories, batch_size=batch_size).accuracy
+
+        accuracy = {place: right(replace(task, place=place), "both") for place in PLACES}
+        probes = {memories: right(task, memories) for memories in MEMORIES if memories != "both"}
         return {
             "length": task.length,
             "pairs": task.pairs,

@@ -110,7 +110,7 @@ class RecallScale:
     lesson_steps: int = 4_000
     """The most steps of one lesson."""
     steps: int = 12_000
-    """In all: lessons take half of them at most, the others go to rows of all lengths and numbers of facts in turns."""
+    """In all: lessons take two thirds at most, the others go to rows of all lengths and numbers of facts in turns."""
     tokens: int = 8_192
     """In the rows of a step."""
     learning_rate: float = 2e-3
@@ -439,11 +439,11 @@ def cpu() -> Scale:
             beyond=(2048,),
             pairs=(4, 40),
             lessons=(2, 4, 8, 16, 40),
-            lesson_steps=1_000,
-            steps=2_400,
+            lesson_steps=1_100,
+            steps=1_800,
             tokens=2_048,
             learning_rate=1e-3,
-            eval_rows=64,
+            eval_rows=32,
         ),
         paraphrase=ParaphraseScale(
             models=("sequential",), ratios=(0.25,), orders=("passage-first",), steps=100, seeds=1

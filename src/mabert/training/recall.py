@@ -29,7 +29,7 @@ WARM_UP = 100
 """Steps until the learning rate is at its height."""
 RECENT = 20
 """Steps over which the loss is averaged where it decides whether a lesson is learnt."""
-MOST_TAUGHT = 0.5
+MOST_TAUGHT = 2 / 3
 """Share of all steps after which there are no more lessons."""
 SAY_SECONDS, SAVE_SECONDS = 10, 60
 
@@ -48,12 +48,12 @@ class RecallRun:
     lessons: tuple[int, ...] = ()
     """Facts in the rows of each lesson."""
     lesson_steps: int = 1_000
-    """The most steps of one lesson. The next one comes then, learnt or not, as long as half of all steps are left."""
+    """The most steps of one lesson. The next one comes then, learnt or not, until two thirds of all steps are over."""
     learnt: float = 0.3
     """The loss, in nats a token, at which a lesson ends before that; or half of what guessing among the values of a row
     gets, where that is lower."""
     steps: int
-    """In all: after the lessons, which take half of them at most, come the tasks themselves."""
+    """In all: after the lessons, which take two thirds of them at most, come the tasks themselves."""
     tokens: int
     """In the rows of a step; of rows that are longer there is one."""
     learning_rate: float

@@ -108,7 +108,7 @@ class _Kind:
         """How the models were trained, and what is shown of them."""
         runs = [record.config["run"] for record in self.found]
         has_lessons = any(run["copied"] or run["lessons"] for run in runs)
-        lessons = ", lessons in at most half of them, then" if has_lessons else ""
+        lessons = ", lessons in at most two thirds of them, then" if has_lessons else ""
         return (
             f"{at_scale(self.results)}; {_each(runs, 'steps')} steps of {_each(runs, 'tokens')} tokens{lessons} on all "
             f"lengths of training and numbers of facts in turns. {self.scored()}"
