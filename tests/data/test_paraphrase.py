@@ -70,9 +70,33 @@ def test_the_ratio_is_that_of_the_words(ratio: float) -> None:
     assert mixed != sorted(mixed)
 
 
-def test_without_documents_of_pairs_there_is_text_alone() -> None:
+def test_without_documents_of_pairs_there_is_text_alone_from_anywhere() -> None:
     text = [f"text {n}" for n in range(100)]
-    assert sorted(Augmentation(kind="none").mixed(PAIRS, text, 100)) == sorted(text[:50])
+    mixed = Augmentation(kind="none").mixed(PAIRS, text, 100)
+    assert len(set(mixed)) == 50
+    assert set(mixed) < set(text)
+    assert len(set(mixed) & set(text[50:])) > 10
+    assert set(mixed) != set(Augmentation(kind="none", seed=1).mixed(PAIRS, text, 100))
+
+
+def test_with_one_seed_every_kind_has_the_same_text() -> None:
+    text = [f"text {n}" for n in range(1_000)]
+    made = {
+        kind: {document for document in Augmentation(kind=kind).mixed(PAIRS, text, 1_000) if document in text}
+        for kind in KINDS
+    }
+    assert made.pop("none") > made["paraphrase"]
+    assert len(set(map(frozenset, made.values()))) == 1
+
+
+def test_pairs_that_come_again_have_other_gaps_and_another_order() -> None:
+    augmentation = Augmentation(gap=(3, 9), ratio=1.0)
+    first, second = (list(augmentation.documents(PAIRS, turn)) for turn in (0, 1))
+    assert first == list(augmentation.documents(PAIRS))
+    assert not set(first) & set(second)
+    assert [number(document) for document in first] != [number(document) for document in second]
+    words = sum(len(document.split()) for document in first + second)
+    assert sorted(augmentation.mixed(PAIRS, [], words)) == sorted(first + second)
 
 
 def test_too_little_text_is_said() -> None:

@@ -387,7 +387,7 @@ def test_recall_is_shown_by_place_and_memory_with_what_it_says(results: Path, se
     assert "mqar, 4 facts: no row of training had 96 tokens." in text
     longer = page.figure("Recall by place and memory · mqar, 4 facts in 96 tokens")
     assert "No row of training was so long." in longer["text"]
-    assert "120 steps of 768 tokens, lessons in at most half of them, then on all lengths" in text
+    assert "120 steps of 768 tokens, lessons in at most two thirds of them, then on all lengths" in text
 
 
 def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> None:
@@ -408,7 +408,13 @@ def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> N
         if text != "before":
             result["tokens"] = 5_000
         put(folder, f"paraphrase/sequential/{text}/{seed}", result)
-    rows = report(results).rows("Paraphrases · sequential")
+    lessons = [{"pairs": n, "is_learnt": learnt} for n, learnt in ((0, True), (2, True), (4, False))]
+    taught = {"run": {"steps": 1_000, "tokens": 2_048}, "task": {"kind": "mqar"}}
+    put(folder, "paraphrase/sequential/base/0", {"lessons": lessons}, taught)
+    page = report(results)
+    said = "taught mqar, with text of training between, in 1,000 steps of 2,048 tokens (2 of 3 lessons learnt)"
+    assert said in page.figure("Paraphrases · sequential")["text"]
+    rows = page.rows("Paraphrases · sequential")
     assert list(rows) == ["before", "none", "paraphrase@25"]
     assert rows["before"][:3] == ["3.974", "10.0%", "2.000"]
     assert rows["paraphrase@25"][:2] == ["4.100 ±0.000", "40.0% ±14.1%"]

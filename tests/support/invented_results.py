@@ -211,6 +211,9 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
         config = pretraining_config(scale, name) | {"stage_lengths": [scale.causal.length], "stage_fractions": [1.0]}
         put(folder, f"causal/{name}/0", pretrained(4.2 + rng.gauss(0, 0.1), config), config)
     for model in scale.paraphrase.models:
+        lessons = [{"pairs": 0, "length": 48, "steps": 10, "loss": 0.2, "is_learnt": True}]
+        taught = {"run": {"steps": 20, "tokens": 512}, "task": {"kind": "mqar"}}
+        put(folder, f"paraphrase/{model}/base/0", {"lessons": lessons, "taught": 10, "last_loss": 0.1}, taught)
         for text in ("before", "none", "paraphrase@25", "verbatim@25"):
             score = {"accuracy": rng.uniform(0, 0.3), "loss": rng.uniform(3, 6)}
             result = {

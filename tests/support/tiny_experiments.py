@@ -80,6 +80,8 @@ SECONDS = Scale(
         seeds=1,
         eval_rows=4,
         pairs=1,
+        taught=4,
+        taught_tokens=96,
     ),
 )
 

@@ -6,6 +6,7 @@ the passage word for word, another passage, or passage and paraphrase in two doc
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,11 +91,18 @@ class Augmentation:
         if not 0 <= self.gap[0] <= self.gap[1]:
             raise ValueError(f"gap={self.gap} must be two numbers of words that grow, from 0 on.")
 
-    def documents(self, pairs: Sequence[Pair]) -> Iterator[str]:
-        """Documents of pairs, all of them once, in an order of the seed."""
+    def documents(self, pairs: Sequence[Pair], turn: int = 0) -> Iterator[str]:
+        """Documents of pairs, all of them once, in an order of the seed.
+
+        Args:
+            turn: how often they came before; the next time order, gaps and controls are others.
+
+        Raises:
+            ValueError: there are fewer than three pairs.
+        """
         if len(pairs) < 3:
             raise ValueError(f"{len(pairs)} pairs are too few: gaps and controls are made of other passages.")
-        rng = random.Random(self.seed)
+        rng = random.Random(f"{self.seed}-{turn}")
         for index in rng.sample(range(len(pairs)), len(pairs)):
             passage, paraphrase = pairs[index]
             gap, other = self._gap(rng, pairs, index), pairs[_other(rng, len(pairs), index)][0]
@@ -118,14 +126,16 @@ class Augmentation:
 
     def mixed(self, pairs: Sequence[Pair], text: Sequence[str], words: int) -> list[str]:
         """So many words of documents: `ratio` of them made of pairs, which come again where they do not suffice, the
-        rest of `text`, from its beginning; shuffled.
+        rest taken from anywhere in `text`, none twice; shuffled. With one seed every kind has the same order of `text`.
 
         Raises:
-            ValueError: the text has too few words.
+            ValueError: the text has too few words, or there are fewer than three pairs to make documents of.
         """
         share = 0.0 if self.kind == "none" else self.ratio
-        made = _take(_again(lambda: self.documents(pairs)), round(words * share)) if share else []
-        plain = _take(iter(text), words - round(words * share))
+        endless = (document for turn in itertools.count() for document in self.documents(pairs, turn))
+        made = _take(endless, round(words * share)) if share else []
+        order = random.Random(f"{self.seed}-text").sample(range(len(text)), len(text))
+        plain = _take((text[index] for index in order), words - round(words * share))
         if sum(len(document.split()) for document in plain) < 0.9 * (words - round(words * share)):
             raise ValueError(f"the text has too few words for {words:,}, of which {1 - share:.0%} are unmodified text.")
         mixed = [*made, *plain]
@@ -136,11 +146,6 @@ class Augmentation:
 def _other(rng: random.Random, count: int, index: int) -> int:
     """Any of so many but this one."""
     return (index + rng.randrange(1, count)) % count
-
-
-def _again(make) -> Iterator[str]:
-    while True:
-        yield from make()
 
 
 def _take(documents: Iterator[str], words: int) -> list[str]:

@@ -1,10 +1,12 @@
 """Continual training on paraphrases: recall before and after, beside controls (arXiv 2510.26912).
 
-A causal model of the scale goes on from its checkpoint, on text of which a share is passages with their paraphrases.
+A causal model of the scale goes on from its checkpoint, on text of which a share is passages with their paraphrases. A
+checkpoint of so little text recalls nothing, and nothing could be seen of what becomes of it: so it learns to recall
+first, in rows of one task, and the others ask whether that carries over.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from mabert.data.corpus import iter_documents
 from mabert.data.next_token import NextTokenDataset
 from mabert.data.paraphrase import Augmentation, Pair
-from mabert.data.recall import Language
+from mabert.data.recall import Language, RecallTask
 from mabert.data.rows import Rows
 from mabert.data.shards import Shards
 from mabert.data.tokenizer import load_tokenizer
@@ -30,8 +32,13 @@ from mabert.files import atomic_write, digest
 from mabert.inference.loading import load_model
 from mabert.training.held_out import evaluate_held_out
 from mabert.training.pretrain import PretrainConfig, pretrain
-from mabert.training.recall import evaluate_recall
+from mabert.training.recall import RECENT, RecallRun, evaluate_recall, train_recall
+from mabert.training.runs import publish
 
+TAUGHT = "mqar"
+"""The kind of recall that checkpoints learn; the others show what it is worth elsewhere."""
+LANGUAGE_TOKENS = 200_000
+"""Tokens of text that stand between facts, in pieces from all over."""
 WORDS_A_TOKEN = 0.7  # about, of WordPiece: the text suffices for the steps about once
 GAINS = {"paraphrase": (0, 1), "verbatim": (0, 0)}
 """What a passage is to help with: predicting its paraphrase, and predicting itself."""
@@ -59,8 +66,10 @@ class Paraphrase:
         return self.models.console
 
     def cells(self) -> Iterator[Cell]:
-        """Every model before, and after each kind of text."""
+        """Every model as it is taught to recall, before any of the texts, and after each kind of them."""
         for model in self.scale.models:
+            if base := self.base(model):
+                yield base
             yield self.before(model)
             for augmentation in self.augmentations():
                 for seed in range(self.scale.seeds):
@@ -76,36 +85,56 @@ class Paraphrase:
                 for order in orders:
                     yield Augmentation(kind=kind, order=order, ratio=ratio, gap=scale.gap)
 
+    def base(self, model: str) -> Cell | None:
+        """The checkpoint, taught to recall; it leaves the model's folder, which everything starts from. None where the
+        scale has no steps for that."""
+        run = self.scale.teaching()
+        if run is None:
+            return None
+        pretrained, run = self.models.pretraining(model), replace(run, bf16=torch.cuda.is_available())
+        folder = self.models.work / "paraphrase" / model / "base" / "0"
+        (task,) = (task for task in self.sources.scale.asked_in_words() if task.kind == TAUGHT)
+        return Cell(
+            name=f"paraphrase/{model}/base/0",
+            config={"checkpoint": pretrained.config, "task": asdict(task), "run": asdict(run)},
+            run=partial(self._teach, self._folder(pretrained), task, run, folder),
+            needs=(pretrained,),
+            artifact=folder / CONFIG_NAME,
+            scratch=folder / "training",
+        )
+
     def before(self, model: str) -> Cell:
-        """What the checkpoint recalls."""
-        pretrained = self.models.pretraining(model)
-        folder = self._folder(pretrained)
+        """What is recalled before any of the texts."""
+        start = self._start(model)
         return Cell(
             name=f"paraphrase/{model}/before/0",
-            config=self._config(pretrained),
-            run=lambda: self._measured(folder),
-            needs=(pretrained,),
+            config=self._config(start),
+            run=partial(self._measured, self._folder(start)),
+            needs=(start,),
         )
 
     def after(self, model: str, augmentation: Augmentation, seed: int) -> Cell:
-        """What it recalls after training on such text."""
-        pretrained, scale = self.models.pretraining(model), self.scale
-        name = label(augmentation)
+        """What is recalled after training on such text, which is made with the seed of the training."""
+        start, scale, name = self._start(model), self.scale, label(augmentation)
+        seeded = replace(augmentation, seed=seed)
         output = self.models.work / "paraphrase" / model / name / str(seed)
         return Cell(
             name=f"paraphrase/{model}/{name}/{seed}",
-            config=self._config(pretrained)
+            config=self._config(start)
             | {
-                "augmentation": asdict(augmentation),
+                "augmentation": asdict(seeded),
                 "words": self._words,
                 "steps": scale.steps,
                 "learning_rate": scale.learning_rate,
                 "seed": seed,
             },
-            run=partial(self._train, self._folder(pretrained), augmentation, seed, output),
-            needs=(pretrained,),
+            run=partial(self._train, self._folder(start), seeded, output),
+            needs=(start,),
             scratch=output,
         )
+
+    def _start(self, model: str) -> Cell:
+        return self.base(model) or self.models.pretraining(model)
 
     @property
     def _words(self) -> int:
@@ -113,27 +142,46 @@ class Paraphrase:
         causal = self.models.scale
         return round(WORDS_A_TOKEN * self.scale.steps * causal.batch_size * causal.length)
 
-    def _config(self, pretrained: Cell) -> dict[str, Any]:
+    def _config(self, start: Cell) -> dict[str, Any]:
         return {
-            "checkpoint": pretrained.config,
+            "checkpoint": start.config,
             "pairs": self.sources.pairs_identity(),
             "facts": self.scale.pairs,
             "eval_rows": self.scale.eval_rows,
         }
 
     @staticmethod
-    def _folder(pretrained: Cell) -> Path:
-        assert pretrained.artifact is not None
-        return pretrained.artifact.parent
+    def _folder(start: Cell) -> Path:
+        assert start.artifact is not None
+        return start.artifact.parent
 
-    def _train(self, checkpoint: Path, augmentation: Augmentation, seed: int, output: Path) -> dict[str, Any]:
+    def _teach(self, checkpoint: Path, task: RecallTask, run: RecallRun, folder: Path) -> dict[str, Any]:
+        tokenizer = load_tokenizer(checkpoint)
+        set_seed(run.seed)
+        model = load_model(AutoModelForCausalLM, checkpoint)
+
+        def say(line: str) -> None:
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+        state = folder / "training" / "state.pt"
+        done = train_recall(model, [task], run, say, language=self._language("train"), checkpoint=state)
+        publish(model, tokenizer, folder)
+        recent = done.losses[-RECENT:]
+        return {
+            "lessons": [asdict(lesson) for lesson in done.lessons],
+            "taught": done.taught,
+            "losses": done.losses[:: max(1, len(done.losses) // 50)],
+            "last_loss": sum(recent) / len(recent),
+            "weights": digest(folder / SAFE_WEIGHTS_NAME),
+        }
+
+    def _train(self, checkpoint: Path, augmentation: Augmentation, output: Path) -> dict[str, Any]:
         scale, causal, text = self.scale, self.models.scale, output / "text.txt"
-        seeded = Augmentation(**asdict(augmentation) | {"seed": seed})
         train, _ = self.sources.pairs()
         plain = list(iter_documents(self.sources.texts("train")))
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(text, "w") as file:
-            documents = seeded.mixed(train, _pieces(plain), self._words)
+            documents = augmentation.mixed(train, _pieces(plain), self._words)
             file.write("\n\n".join(" ".join(document.split()) for document in documents) + "\n")
         result = pretrain(
             PretrainConfig(
@@ -156,7 +204,7 @@ class Paraphrase:
                 eval_every=scale.steps,
                 eval_rows=causal.eval_rows,
                 checkpoint_every=max(1, scale.steps // 4),
-                seed=seed,
+                seed=augmentation.seed,
                 workers=0,
                 tensorboard=False,
             ),
@@ -169,20 +217,18 @@ class Paraphrase:
         scale, causal = self.scale, self.models.scale
         tokenizer = load_tokenizer(self.sources.tokenizer)
         model = load_model(AutoModelForCausalLM, folder)
-        shards = Shards(self.sources.shards / "valid", tokenizer)
-        language = Language.of(tokenizer, np.asarray(shards.tokens(0, min(shards.n_tokens, 200_000)), np.int64))
-        recall = {}
+        language, recall = self._language("valid"), {}
         for task in self.sources.scale.asked_in_words():
             score = evaluate_recall(model, task, scale.eval_rows, language=language, batch_size=16)
             recall[task.kind] = asdict(score)
         _, held_out = self.sources.pairs()
         chosen = held_out[: scale.eval_rows]
         gains = {name: gain(model, tokenizer, chosen, first, then) for name, (first, then) in GAINS.items()}
-        rows = NextTokenDataset([Rows(shards, causal.length, "full-sentences")])
+        rows = NextTokenDataset([Rows(self._shards("valid"), causal.length, "full-sentences")])
         held = evaluate_held_out(
             model,
             rows,
-            [(0, 0, index) for index in range(min(causal.eval_rows, len(rows)))],
+            [(0, 0, index) for index in evenly(causal.eval_rows, len(rows))],
             batch_size=causal.micro_batch_size,
             special_ids=None,
             device=model.device,
@@ -193,6 +239,28 @@ class Paraphrase:
             "gains": gains,
             "weights": digest(folder / SAFE_WEIGHTS_NAME),
         }
+
+    def _language(self, split: str) -> Language:
+        """A split's text between the facts. Their words are those of the training text for every split: the ones that
+        were taught are asked."""
+        taught = Language.of(load_tokenizer(self.sources.tokenizer), self._text("train"))
+        return replace(taught, text=self._text(split))
+
+    def _text(self, split: str) -> np.ndarray:
+        """Pieces as long as a row, from all over the split: (tokens,) int64."""
+        shards, length = self._shards(split), min(self.models.scale.length, LANGUAGE_TOKENS)
+        starts = [length * piece for piece in evenly(LANGUAGE_TOKENS // length, -(-shards.n_tokens // length))]
+        pieces = [shards.tokens(start, min(start + length, shards.n_tokens)) for start in starts]
+        return np.concatenate(pieces).astype(np.int64)
+
+    def _shards(self, split: str) -> Shards:
+        return Shards(self.sources.shards / split, load_tokenizer(self.sources.tokenizer))
+
+
+def evenly(count: int, over: int) -> list[int]:
+    """So many of the indices below `over` at equal distances, or all of them where there are fewer."""
+    count = min(count, over)
+    return [index * over // count for index in range(count)]
 
 
 def label(augmentation: Augmentation) -> str:
@@ -210,20 +278,39 @@ def _pieces(documents: list[str]) -> list[str]:
 def gain(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], first: int, then: int
 ) -> dict[str, float]:
-    """How much better a text is predicted behind another one than at the beginning, in nats a token.
+    """How much better a text is predicted behind its own passage than behind another one, in nats a token.
+
+    Behind any text a model predicts differently than at the beginning, so that alone is nothing to compare with.
 
     Args:
         first, then: which of each pair comes first, and which is to be predicted.
+
+    Returns:
+        Losses of the text `alone`, `behind` its own passage, and `behind_another`, that of the next pair; `context`,
+        what another passage helps; and `gain`, what its own helps beyond that.
+
+    Raises:
+        ValueError: there are fewer than two pairs, or nothing to predict.
     """
-    begin = [tokenizer.cls_token_id]
-    alone = behind = tokens = 0.0
-    for pair in pairs:
-        before, target = (tokenizer(pair[part], add_special_tokens=False).input_ids for part in (first, then))
-        for context, is_behind in (([], False), (before, True)):
-            ids = torch.tensor([[*begin, *context, *target]], device=model.device)
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} held-out pairs are too few: a text is also asked for behind another passage.")
+    encoded = [[tokenizer(text, add_special_tokens=False).input_ids for text in pair] for pair in pairs]
+    sums, tokens = dict.fromkeys(("alone", "behind", "behind_another"), 0.0), 0
+    for pair, another in zip(encoded, encoded[1:] + encoded[:1], strict=True):
+        if not (target := pair[then]):
+            raise ValueError("a held-out pair has an empty text: there is nothing to predict.")
+        contexts = {"alone": [], "behind": pair[first], "behind_another": another[first]}
+        for name, context in contexts.items():
+            ids = torch.tensor([[tokenizer.cls_token_id, *context, *target]], device=model.device)
             labels = ids.clone()
             labels[:, : ids.shape[1] - len(target)] = -100
-            loss = float(model(ids, labels=labels, use_cache=False).loss) * len(target)
-            alone, behind = (alone, behind + loss) if is_behind else (alone + loss, behind)
+            sums[name] += float(model(ids, labels=labels, use_cache=False).loss) * len(target)
         tokens += len(target)
-    return {"alone": alone / tokens, "behind": behind / tokens, "gain": (alone - behind) / tokens}
+    alone, behind, behind_another = (total / tokens for total in sums.values())
+    return {
+        "alone": alone,
+        "behind": behind,
+        "behind_another": behind_another,
+        "context": alone - behind_another,
+        "gain": behind_another - behind,
+    }

@@ -199,11 +199,28 @@ class ParaphraseScale:
     eval_rows: int = 256
     pairs: int = 4
     """Facts in a row of the recall tasks."""
+    taught: int = 1_000
+    """Steps in which a checkpoint learns to recall before all this; 0 for none."""
+    taught_tokens: int = 8_192
+    """In the rows of such a step."""
+    taught_learning_rate: float = 5e-4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seeds", "eval_rows", "pairs"):
+        for name in ("models", "kinds", "ratios", "orders"):
+            if not getattr(self, name):
+                raise ValueError(f"paraphrase.{name} is empty: give at least one.")
+        for name in ("steps", "seeds", "pairs", "taught_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"paraphrase.{name}={getattr(self, name)} must be at least 1.")
+        if self.eval_rows < 2:
+            raise ValueError(
+                f"paraphrase.eval_rows={self.eval_rows} must be at least 2: a pair is compared with another one."
+            )
+        if self.taught < 0:
+            raise ValueError(f"paraphrase.taught={self.taught} must not be negative.")
+        for name in ("learning_rate", "taught_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"paraphrase.{name}={getattr(self, name)} must be above 0.")
         for kind in self.kinds:
             for order in self.orders:
                 for ratio in self.ratios:
@@ -215,6 +232,19 @@ class ParaphraseScale:
     def middle(self) -> float:
         """The ratio of all but one comparison."""
         return self.ratios[len(self.ratios) // 2]
+
+    def teaching(self) -> RecallRun | None:
+        """How a checkpoint learns to recall: to copy, then one fact more in each lesson, then the task; None: not."""
+        if not self.taught:
+            return None
+        return RecallRun(
+            copied=48,
+            lessons=tuple(range(2, self.pairs + 1)),
+            lesson_steps=self.taught,
+            steps=self.taught,
+            tokens=self.taught_tokens,
+            learning_rate=self.taught_learning_rate,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +414,9 @@ def tiny() -> Scale:
             seeds=1,
             eval_rows=32,
             pairs=2,
+            taught=20,
+            taught_tokens=512,
+            taught_learning_rate=2e-3,
         ),
     )
 
@@ -446,7 +479,14 @@ def cpu() -> Scale:
             eval_rows=32,
         ),
         paraphrase=ParaphraseScale(
-            models=("sequential",), ratios=(0.25,), orders=("passage-first",), steps=100, seeds=1
+            models=("sequential",),
+            ratios=(0.25,),
+            orders=("passage-first",),
+            steps=100,
+            seeds=1,
+            taught=400,
+            taught_tokens=2_048,
+            taught_learning_rate=1e-3,
         ),
     )
 

@@ -138,7 +138,12 @@ class Sources:
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
         """Passages with their paraphrases, to train on, and held out, in a random order: every tenth, without those of
-        which a text is trained on."""
+        which a text is trained on.
+
+        Raises:
+            CorpusError: the data have no paraphrases.
+            TableError: a file of them cannot be read.
+        """
         made = generated.paraphrases(1_000, GENERATED_SEED) if self.data is None else None
         pairs = made or read_pairs(self._pair_files())
         train = [pair for n, pair in enumerate(pairs) if n % 10]

@@ -1,4 +1,7 @@
-"""Continual training on paraphrases: recall before and after, beside controls."""
+"""Continual training on paraphrases: recall before and after, beside controls.
+
+A model that is taught to recall first tells of that in a cell of its own, which is no row of the table.
+"""
 
 from collections.abc import Callable
 
@@ -11,21 +14,22 @@ from mabert.experiments.report.markup import Column, Row, Section, Table, entry
 ABOUT = (
     "A causal model goes on training on text of which a share is passages, a gap, and the same in other words, in one "
     "document. Controls: text alone (none), the passage word for word (verbatim), another passage (unrelated), passage "
-    "and paraphrase in two documents (apart). After arXiv 2510.26912, whose abstract reports more recall and nothing "
-    "else lost; its settings and numbers are not known to us."
+    "and paraphrase in two documents (apart). A model pretrained on so little text recalls nothing, so it is taught to "
+    "recall before: the question is what is kept of it, and what is gained. After arXiv 2510.26912, whose abstract "
+    "reports more recall and nothing else lost; its settings and numbers are not known to us."
 )
-BEFORE = "before"
+BASE, BEFORE = "base", "before"
 
 
 def paraphrase(results: Results) -> Section | None:
     """One table a model."""
     cells = results.of("paraphrase")
-    tables = [_table(results, model) for model in dict.fromkeys(model for model, _, _ in cells)]
+    tables = [_table(results, model) for model in dict.fromkeys(model for model, text, _ in cells if text != BASE)]
     return Section("paraphrase", "Training on paraphrases", tables, ABOUT) if tables else None
 
 
 def _table(results: Results, model: str) -> Table:
-    found = [(text, seed) for of, text, seed in results.of("paraphrase") if of == model]
+    found = [(text, seed) for of, text, seed in results.of("paraphrase") if of == model and text != BASE]
     texts = sorted(dict.fromkeys(text for text, _ in found), key=lambda text: (text != BEFORE, text != "none", text))
     seeds = sorted({int(seed) for text, seed in found if text != BEFORE})
     columns = [Column("held-out loss", ("nats a token",), "low")]
@@ -46,12 +50,26 @@ def _table(results: Results, model: str) -> Table:
     tokens = sorted({int(record.at("tokens")) for record in records if "tokens" in record.result})
     caption = (
         f"{at_scale(results)}; {' or '.join(f'{n:,}' for n in tokens) or 'no'} tokens of continual training; "
-        f"{counted([len(seeds)], 'seed')} of it, from one checkpoint. Recall is asked in words of the vocabulary with "
-        "real text between, in rows of a quarter of the length. Gain: how much better a held-out paraphrase, or "
-        "passage, is predicted behind its passage than at the beginning."
+        f"{counted([len(seeds)], 'seed')} of it, from one checkpoint. {_taught(results, model)}Recall is asked in "
+        "words of the vocabulary with real held-out text between, in rows of a quarter of the length. Gain: how much "
+        "better a held-out paraphrase, or passage, is predicted behind its passage than behind another pair's."
     )
     notes = ["Numbers behind a kind of text: its share of the words, in percent."]
     return Table(f"Paraphrases · {model}", caption, columns, rows, wanted, notes, head="text")
+
+
+def _taught(results: Results, model: str) -> str:
+    """What came before all of it, where there is a cell that tells."""
+    said = ""
+    for base in results.found([f"paraphrase/{model}/{BASE}/0"]):
+        run, task, lessons = base.config["run"], base.config["task"], base.at("lessons")
+        learnt = sum(lesson["is_learnt"] for lesson in lessons)
+        said = (
+            f"The checkpoint was taught {task['kind']}, with text of training between, in {run['steps']:,} steps of "
+            f"{run['tokens']:,} tokens ({learnt} of {counted([len(lessons)], 'lesson')} learnt): before means after "
+            "that, and other kinds of recall were never taught. "
+        )
+    return said
 
 
 def _recall(kind: str, what: str) -> Callable[[Record], float]:
