@@ -1,6 +1,7 @@
 """TransMamba's experiments: equal sizes, losses, times, and the count of operations."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny_experiments import QUIET, SECONDS, suite
 from torch.utils.flop_counter import FlopCounterMode
 
 from mabert import HybridConfig, TransMambaConfig
+from mabert.experiments import pretraining
 from mabert.experiments.architectures import Vocabulary, encoder_parameters
 from mabert.experiments.causal_architectures import (
     CAUSAL_REFERENCES,
@@ -49,6 +51,44 @@ def test_architectures_by_name():
     assert longer.layer_transpoints() == [0, 128, 256, 512, 1024, 2048, 4096, 8192]
     with pytest.raises(ValueError, match=r"no causal architecture 'RNN'\. There are Transformer, Mamba-2, sequential"):
         causal_architecture("RNN", scale)
+
+
+@pytest.mark.parametrize("name", CAUSAL_REFERENCES | HYBRIDS)
+def test_mamba_1_costs_no_other_parameters(name):
+    scale = SCALES["cpu"]().causal
+    ours = encoder_parameters(causal_architecture("TransMamba-V9", scale))
+    made = causal_architecture(name, scale, ssm="mamba1", sliding_window=64)
+    assert (made.ssm, made.sliding_window) == ("mamba1", 64)
+    assert encoder_parameters(made) == pytest.approx(ours, rel=0.01)
+
+
+class TestMixers:
+    """The hybrids' mixers by the fields of the scale, in what is trained and in what is kept of it."""
+
+    def cell(self, tmp_path, name, **choices):
+        ours = suite(tmp_path, replace(SECONDS, causal=replace(SECONDS.causal, **choices)))
+        return TransPoints(ours.pretraining.sources, ours.pretraining.work, QUIET).pretraining(name)
+
+    def test_they_are_those_of_the_model_that_is_trained(self, tmp_path, monkeypatch):
+        def recorded(*, model, **_):
+            trained.append(model)
+            raise KeyboardInterrupt
+
+        trained = []
+        monkeypatch.setattr(pretraining, "PretrainConfig", recorded)
+        monkeypatch.setattr(pretraining.Sources, "vocabulary", lambda self: Vocabulary(1000))
+        for choices in ({}, {"ssm": "mamba1"}, {"sliding_window": 9}):
+            with pytest.raises(KeyboardInterrupt):
+                self.cell(tmp_path, "sequential", **choices).run()
+        assert [(of.ssm, of.sliding_window) for of in trained] == [("mamba2", None), ("mamba1", None), ("mamba2", 9)]
+
+    def test_a_cell_names_them_where_they_are_others(self, tmp_path):
+        before = self.cell(tmp_path, "sequential").config
+        assert not before.keys() & {"ssm", "sliding_window"}, "or no result from before these fields would be valid"
+        after = self.cell(tmp_path, "sequential", ssm="mamba1", sliding_window=9).config
+        assert after == before | {"ssm": "mamba1", "sliding_window": 9}
+        kept = self.cell(tmp_path, "TransMamba-V9", ssm="mamba1", sliding_window=9).config
+        assert kept == self.cell(tmp_path, "TransMamba-V9").config
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from transformers import (
 from mabert import HybridConfig, HybridForCausalLM, TransMambaConfig, TransMambaForCausalLM
 from mabert.causal_config import SSMS, TRANSPOINTS
 from mabert.config import FUSIONS
+from mabert.layers.causal_attention import CausalSelfAttention
 from mabert.models import CausalCache
 from mabert.ops import SequenceLayout
 
@@ -41,6 +42,9 @@ CONFIGS = {
         f"parallel, {fusion}": HybridConfig(**SIZES, pattern="PP", state_size=8, mamba_head_size=16, fusion=fusion)
         for fusion in FUSIONS
     },
+    "parallel, Mamba-1 and window": HybridConfig(
+        **SIZES, pattern="PS", state_size=4, ssm="mamba1", sliding_window=4, fusion="gate"
+    ),
     "parallel, window": HybridConfig(
         **SIZES, pattern="P", state_size=8, mamba_head_size=16, sliding_window=4, fusion="merge-attention"
     ),
@@ -649,6 +653,27 @@ def test_a_window_is_also_that_of_a_merged_attention(fusion):
         x[2] += 3
     moved = mixer.fusion(a, a, s, layout) - mixer.fusion(a, *changed, layout)
     assert (moved.abs().amax(dim=-1) > 1e-6).nonzero().flatten().tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("letter", ["T", "S", "A", "P"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_window_is_that_of_the_attention_in_every_kind_of_layer(letter, window):
+    """Whatever else a layer holds, its attention hands a token on to the others in its window, and to no more."""
+    torch.manual_seed(0)
+    choices = {"mamba_head_size": 16, "fusion": "mean", "sliding_window": window, "initializer_range": 0.3}
+    lm = HybridForCausalLM(HybridConfig(**SIZES, pattern=letter, **choices)).eval()
+    (attention,) = (m for m in lm.modules() if isinstance(m, CausalSelfAttention))
+    given = []
+    attention.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    reached = []
+    attention.register_forward_hook(lambda _, args, output: reached.append(output))
+    batch, layout = ids(1, 12), SequenceLayout.build(1, 12, "cpu", packed=True)
+    lm(batch, use_cache=False)
+    changed = given[0].clone()
+    changed[2] += 3
+    attention(changed, layout)
+    moved = (reached[1] - reached[0]).abs().amax(dim=-1) > 1e-6
+    assert moved.nonzero().flatten().tolist() == list(range(2, 12 if window is None else 6))
 
 
 def test_a_probe_of_one_segment_changes_nothing():

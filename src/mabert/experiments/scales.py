@@ -34,6 +34,13 @@ HYBRID_NAMES = (
 """Causal models of attention and SSM: each alone, one after the other, side by side."""
 
 
+def _check_mixers(scale: str, ssm: str, sliding_window: int | None) -> None:
+    if ssm not in SSMS:
+        raise ValueError(f"{scale}.ssm={ssm!r} is not one of {', '.join(SSMS)}.")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"{scale}.sliding_window={sliding_window} must be at least 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CausalScale:
     """How large the causal language models of a scale are, and how they are trained; the defaults are TransMamba's."""
@@ -51,6 +58,11 @@ class CausalScale:
     learning_rate: float = 2.5e-4
     eval_rows: int = 128
     schedules: tuple[str, ...] = tuple(TRANSPOINTS)
+    ssm: str = "mamba2"
+    """The SSM of the references and the hybrids when they are pretrained, also of the one that is named Mamba-2: or
+    "mamba1"."""
+    sliding_window: int | None = None
+    """Tokens that their attention reaches, itself included; all of them by default."""
     seeds: int = 1
     """Of pretraining."""
 
@@ -61,9 +73,17 @@ class CausalScale:
     """TransPoints between nothing and the whole length at which a layer is timed."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seeds"):
+        for name in ("layers", "steps", "batch_size", "eval_rows", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"causal.{name}={getattr(self, name)} must be at least 1.")
+        if self.length < 4:
+            raise ValueError(f"causal.length={self.length} must be at least 4 tokens.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"causal.learning_rate={self.learning_rate} must be above 0.")
+        for name in ("schedules", "timed_lengths"):
+            if not getattr(self, name):
+                raise ValueError(f"causal.{name} is empty: give at least one.")
+        _check_mixers("causal", self.ssm, self.sliding_window)
         if self.timed_points < 2:
             raise ValueError(
                 f"causal.timed_points={self.timed_points} must be at least 2: nothing, and the whole length."
@@ -128,10 +148,7 @@ class RecallScale:
                 f"recall.layers={self.layers} must be even and at least 4: half of the models have two mixers in a "
                 "layer, and one layer cannot recall."
             )
-        if self.ssm not in SSMS:
-            raise ValueError(f"recall.ssm={self.ssm!r} is not one of {', '.join(SSMS)}.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"recall.sliding_window={self.sliding_window} must be at least 1.")
+        _check_mixers("recall", self.ssm, self.sliding_window)
         for name in ("kinds", "lengths", "pairs"):
             if not getattr(self, name):
                 raise ValueError(f"recall.{name} is empty: give at least one.")

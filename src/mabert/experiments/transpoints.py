@@ -56,10 +56,14 @@ class TransPoints:
     def pretraining(self, name: str, seed: int = 0) -> Cell:
         """A causal model pretrained on the common text, rows of one sequence each."""
         scale = self.scale
+        is_hybrid = name in HYBRIDS | CAUSAL_REFERENCES
+        mixers = {key: getattr(scale, key) for key in ("ssm", "sliding_window")} if is_hybrid else {}
+        # named where they are other ones: so results from before there was a choice stay what they are
+        chosen = {key: value for key, value in mixers.items() if value != getattr(CausalScale, key)}
         return pretraining_cell(
             self.sources,
             f"causal/{name}/{seed}",
-            {"architecture": name, "size": size_of(scale)},
+            {"architecture": name, "size": size_of(scale), **chosen},
             {
                 "steps": scale.steps,
                 "batch_size": scale.batch_size,
@@ -73,7 +77,7 @@ class TransPoints:
                 "packing": "full-sentences",
                 **RECIPE,
             },
-            partial(causal_architecture, name, scale),
+            partial(causal_architecture, name, scale, **mixers),
             self.work / "causal" / name / str(seed),
             scale.micro_batch_size,
             self.console,
