@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from mabert.config import FUSIONS, check_depth, check_letters
 
@@ -76,6 +77,14 @@ class CausalConfig(PreTrainedConfig):
         ):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= (share := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {share}.")
+        for name in ("rms_norm_eps", "initializer_range", "time_step_floor"):
+            if not (number := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must not be negative, but is {number}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(map(repr, sorted(ACT2FN)))}.")
         if self.hidden_size % self.num_attention_heads or self.head_size % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} gives {self.num_attention_heads} heads no even whole size, which "
@@ -174,7 +183,7 @@ class HybridConfig(CausalConfig):
             layer's input, `"merge-attention"` (queries from attention, keys and values from the SSM, or
             `"merge-attention-swapped"`), `"scaled"` or `"concat"`. Other layers have no use for it.
         sliding_window: tokens that a token attends to, its own included; None for all before it. Of use where layers
-            attend: all but `M`.
+            attend: all but `M`; merged attention has it as well.
         state_size: N, of the SSM.
         expand: the width of the SSM's recurrence, in hidden sizes.
         mamba_head_size: width of one head of Mamba-2.

@@ -69,7 +69,8 @@ def test_a_cell_keeps_what_was_recalled_by_place_and_memory(tmp_path):
         assert asked["probes"].keys() == MEMORIES.keys()
         assert asked["probes"]["both"] == asked["accuracy"]["spread"]
         assert asked["guessing"] == pytest.approx({3: 0.63, 8: 0.4}[asked["pairs"]], abs=0.04)
-    assert [(lesson["pairs"], lesson["steps"]) for lesson in result["lessons"]] == [(0, 2), (2, 2)]
+    given = [(lesson["pairs"], lesson["steps"], lesson["learnt_after"]) for lesson in result["lessons"]]
+    assert given == [(0, 2, None), (2, 2, None)]
     assert result["taught"] == 4
     assert len(result["losses"]) == 4
     assert not (tmp_path / "work" / "recall" / "sequential" / "mqar" / "1").exists(), "nobody needs it again"
@@ -138,10 +139,11 @@ def test_hybrids_share_the_references_of_transmamba(tmp_path):
 
 def test_every_choice_of_training_reaches_the_run():
     choices = {
+        "lessons": (2, 0, 3),
+        "lesson_steps": (7, 9, 8),
+        "lesson_tokens": 88,
         "copied": 20,
-        "lessons": (2, 3),
-        "lesson_steps": 7,
-        "steps": 5_000,
+        "steps": 5,
         "tokens": 99,
         "learning_rate": 0.5,
     }
@@ -197,9 +199,14 @@ def test_every_scale_can_ask_what_it_plans(scale):
             "recall: rows of 16 tokens have no room for mqar with any of pairs=.4, 16.: give fewer",
         ),
         ({"kinds": ("mqar", "needle")}, "there is no recall task 'needle'"),
-        ({"lessons": (2, 30), "vocab_size": 100}, "mqar with 30 pairs takes a vocabulary of at least 134"),
+        (
+            {"lessons": (2, 30), "lesson_steps": (1, 1), "vocab_size": 100},
+            "mqar with 30 pairs takes a vocabulary of at least 134",
+        ),
         ({"copied": 7}, "length=7 must be at least 8"),
         ({"tokens": 0}, "recall.tokens=0 must be at least 1"),
+        ({"lesson_tokens": 0}, "lesson_tokens=0 must be at least 1"),
+        ({"lessons": (2,)}, "lesson_steps=.* must be a number above 0 for each of lessons="),
         ({"state_size": 0}, "recall.state_size=0 must be at least 1"),
         ({"ssm": "mamba3"}, "recall.ssm='mamba3' is not one of mamba2, mamba1"),
         ({"sliding_window": 0}, "recall.sliding_window=0 must be at least 1"),

@@ -62,6 +62,18 @@ def test_mamba_1_costs_no_other_parameters(name):
     assert encoder_parameters(made) == pytest.approx(ours, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"ssm": "mamba3"}, "ssm='mamba3' is not one of 'mamba2', 'mamba1'"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1 token"),
+    ],
+)
+def test_mixers_that_do_not_exist_are_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        causal_architecture("sequential", SCALES["tiny"]().causal, **choices)
+
+
 class TestMixers:
     """The hybrids' mixers by the fields of the scale, in what is trained and in what is kept of it."""
 

@@ -464,6 +464,12 @@ def test_a_schedule_of_another_type_is_refused(transpoints):
         (HybridConfig, {"fusion": "sum"}, "fusion='sum' is not one of 'mean', 'gate', 'merge-attention'"),
         (HybridConfig, {"ssm": "mamba3"}, "ssm='mamba3' is not one of 'mamba2', 'mamba1'"),
         (HybridConfig, {"sliding_window": 0}, "sliding_window must be at least 1 token, or None"),
+        (HybridConfig, {"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be at least 0 and below 1, not 1"),
+        (HybridConfig, {"attention_probs_dropout_prob": -0.1}, "attention_probs_dropout_prob must be at least 0"),
+        (HybridConfig, {"rms_norm_eps": -1.0}, "rms_norm_eps must not be negative, but is -1"),
+        (TransMambaConfig, {"initializer_range": float("nan")}, "initializer_range must not be negative, but is nan"),
+        (TransMambaConfig, {"time_step_floor": -1.0}, "time_step_floor must not be negative"),
+        (TransMambaConfig, {"hidden_act": "sine"}, "hidden_act='sine' is not one of 'gelu', "),
         (TransMambaConfig, {"num_attention_heads": 7}, "no even whole size"),
         (TransMambaConfig, {"hidden_size": 36}, "no even whole size"),
         (TransMambaConfig, {"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
@@ -674,6 +680,42 @@ def test_a_window_is_that_of_the_attention_in_every_kind_of_layer(letter, window
     attention(changed, layout)
     moved = (reached[1] - reached[0]).abs().amax(dim=-1) > 1e-6
     assert moved.nonzero().flatten().tolist() == list(range(2, 12 if window is None else 6))
+
+
+class PassesNothingOn(torch.nn.Module):
+    """Stands where an SSM does, and leaves every token to itself."""
+
+    def forward(self, u, layout, memory=None):
+        return u
+
+
+@pytest.mark.parametrize("read", ["alone", "packed", "in pieces", "token by token"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_beside_an_ssm_attention_reaches_its_window_and_no_further(fusion, read):
+    choices = {"mamba_head_size": 16, "fusion": fusion, "sliding_window": 4, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    lm = HybridForCausalLM(HybridConfig(**SIZES, pattern="P", **choices)).eval()
+    lm.model.layers[0].mixers[0].ssm = PassesNothingOn()
+
+    def logits(batch):
+        if read == "alone":
+            return lm(batch, use_cache=False).logits[0]
+        if read == "packed":
+            neighbours, seq_idx = ids(1, 5, seed=2), torch.tensor([[0] * 5 + [1] * 14 + [2] * 5])
+            return lm(torch.cat((neighbours, batch, neighbours), dim=1), seq_idx=seq_idx).logits[0, 5:19]
+        cache, parts = None, []
+        for part in batch.split([3, 1, 6, 4] if read == "in pieces" else 1, dim=1):
+            output = lm(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits[0])
+        return torch.cat(parts)
+
+    batch, changed = ids(1, 14), ids(1, 14)
+    changed[0, 2] = batch[0, 2] % 50 + 6
+    moved = (logits(batch) - logits(changed)).abs().amax(dim=-1) > 1e-4
+    # swapped, a query finds what attention has gathered within its own window
+    reach = 7 if fusion == "merge-attention-swapped" else 4
+    assert moved.nonzero().flatten().tolist() == list(range(2, 2 + reach))
 
 
 def test_a_probe_of_one_segment_changes_nothing():

@@ -211,11 +211,11 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
         config = pretraining_config(scale, name) | {"stage_lengths": [scale.causal.length], "stage_fractions": [1.0]}
         put(folder, f"causal/{name}/0", pretrained(4.2 + rng.gauss(0, 0.1), config), config)
     for model in scale.paraphrase.models:
-        lessons = [{"pairs": 0, "length": 48, "steps": 10, "loss": 0.2, "is_learnt": True}]
+        lessons = [{"pairs": 0, "length": 48, "steps": 10, "loss": 0.2, "learnt_after": 8}]
         taught = {"run": {"steps": 20, "tokens": 512}, "task": {"kind": "mqar"}}
         put(folder, f"paraphrase/{model}/base/0", {"lessons": lessons, "taught": 10, "last_loss": 0.1}, taught)
         for text in ("before", "none", "paraphrase@25", "verbatim@25"):
-            score = {"accuracy": rng.uniform(0, 0.3), "loss": rng.uniform(3, 6)}
+            score = {"accuracy": rng.uniform(0, 0.3), "loss": rng.uniform(3, 6), "guessing": 0.5}
             result = {
                 "held_out_loss": rng.gauss(4.2, 0.1),
                 "recall": dict.fromkeys(RECALL_KINDS, score),
@@ -243,11 +243,11 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
                 "length": 6 * n or 24,
                 "steps": rng.randint(20, 40),
                 "loss": 0.2,
-                "is_learnt": rng.random() < 0.8,
+                "learnt_after": rng.choice([None, 20, 33]),
             }
             for n in (0, *cell.config["run"]["lessons"])
         ]
-        put(folder, cell.name, {"asked": asked, "lessons": lessons}, cell.config)
+        put(folder, cell.name, {"asked": asked, "lessons": lessons, "taught": 120}, cell.config)
 
 
 def _efficiency(folder: Path, scale: Scale, rng: random.Random) -> None:

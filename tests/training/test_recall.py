@@ -75,66 +75,59 @@ def test_the_same_seed_trains_the_same_model():
 class TestLessons:
     MQAR = RecallTask(kind="mqar", length=30, pairs=4, vocab_size=40)
 
-    def test_they_are_the_facts_in_the_shortest_rows(self):
-        lessons = run(lessons=(2, 3)).lessons_for(self.MQAR)
-        assert [(lesson.pairs, lesson.length, lesson.vocab_size) for lesson in lessons] == [(2, 11, 40), (3, 16, 40)]
-        assert run().lessons_for(self.MQAR) == []
-        assert [lesson.pairs for lesson in run(lessons=(2, 3)).lessons_for(TASK)] == [1], "a text holds one passkey"
-        copying, *others = run(copied=24, lessons=(2, 3)).lessons_for(self.MQAR)
+    def test_they_are_copying_and_the_facts_in_the_shortest_rows(self):
+        given = run(lessons=(2, 0, 3), lesson_steps=(1, 1, 1), copied=24)
+        two, copying, three = given.lessons_for(self.MQAR)
+        assert (two.pairs, two.length, two.vocab_size) == (2, 11, 40)
         assert copying == CopyTask(length=24, vocab_size=40)
-        assert others == lessons
+        assert (three.pairs, three.length, three.vocab_size) == (3, 16, 40)
+        assert run().lessons_for(self.MQAR) == []
+        one, copying, same = given.lessons_for(TASK)
+        assert (one.pairs, same.pairs) == (1, 1), "a text holds one passkey"
+        assert copying == CopyTask(length=24, vocab_size=40)
         with pytest.raises(ValueError, match="mqar with 16 pairs takes a vocabulary of at least 78 tokens"):
-            run(lessons=(2, 16)).lessons_for(self.MQAR)
+            run(lessons=(2, 16), lesson_steps=(1, 1)).lessons_for(self.MQAR)
 
-    def test_one_ends_after_its_steps_and_the_next_one_comes(self, monkeypatch):
+    def test_every_model_gets_the_same_rows_in_the_same_order(self, monkeypatch):
         monkeypatch.setattr(recall, "SAY_SECONDS", 0)
-        said: list[str] = []
-        choices = {"copied": 24, "lessons": (2, 3), "lesson_steps": 30, "steps": 200}
-        training = train_recall(made(), [self.MQAR], run(**choices, learnt=1e-6), said.append)
-        given = [(lesson.pairs, lesson.length, lesson.steps, lesson.is_learnt) for lesson in training.lessons]
-        assert given == [(0, 24, 30, False), (2, 11, 30, False), (3, 16, 30, False)]
-        assert training.steps == 200
-        assert len(training.losses) == 110
-        assert said[29].startswith("copying: step 30 of 200, loss ")
-        assert said[59].startswith("lesson of 2: step 60 of 200, loss ")
-        assert said[199].startswith("tasks: step 200 of 200, loss ")
+        choices = {"copied": 24, "lessons": (0, 2, 3), "lesson_steps": (4, 3, 3), "lesson_tokens": 33, "steps": 5}
+        seen, said = [], []
+        for pattern in ("S", "T"):
+            model = made(pattern)
+            model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+            training = train_recall(model, [self.MQAR], run(**choices, tokens=90), said.append)
+            given = [(lesson.pairs, lesson.length, lesson.steps) for lesson in training.lessons]
+            assert given == [(0, 24, 4), (2, 11, 3), (3, 16, 3)]
+            assert (training.taught, len(training.losses), training.steps) == (10, 5, 15)
+        assert all(torch.equal(one, other) for one, other in zip(seen[:15], seen[15:], strict=True))
+        assert [tuple(ids.shape) for ids in seen[:15]] == [(1, 24)] * 4 + [(3, 11)] * 3 + [(2, 16)] * 3 + [(3, 30)] * 5
+        assert said[3].startswith("copying: step 4 of 15, loss ")
+        assert said[6].startswith("lesson of 2: step 7 of 15, loss ")
+        assert said[14].startswith("tasks: step 15 of 15, loss ")
 
-    def test_one_ends_once_it_is_learnt_and_the_tasks_have_the_other_steps(self):
-        training = train_recall(made(), [TASK], run(copied=24, lessons=(1,), lesson_steps=30, steps=200, learnt=100.0))
-        assert [(lesson.steps, lesson.is_learnt) for lesson in training.lessons] == [(RECENT, True)] * 2
-        assert len(training.losses) == 200 - 2 * RECENT
+    @pytest.mark.parametrize(("loss", "after"), [(0.17, RECENT + 10), (0.18, None)])
+    def test_who_only_guesses_among_the_values_of_a_row_has_not_learnt_it(self, monkeypatch, loss, after):
+        """Two facts: the guesser's loss is 0.35; half of it tells one who finds the fact."""
+        losses = iter([9.0] * 10 + [loss] * 100)
+        monkeypatch.setattr(recall._Pupil, "step", lambda *_: next(losses))
+        assert RecallTask.shortest(kind="mqar", pairs=2, vocab_size=40).guessing_loss == pytest.approx(np.log(2) / 2)
+        training = train_recall(made(), [self.MQAR], run(lessons=(2,), lesson_steps=(50,)))
+        assert training.lessons[0].learnt_after == after
+        assert training.lessons[0].loss == pytest.approx(loss)
 
-    def test_a_third_of_the_steps_is_for_the_tasks_however_slow_a_model_is(self):
-        training = train_recall(made(), [self.MQAR], run(lessons=(2, 3, 4), lesson_steps=30, steps=61, learnt=1e-6))
-        assert [(lesson.pairs, lesson.steps) for lesson in training.lessons] == [(2, 30), (3, 10)]
-        assert len(training.losses) == 21
-        assert training.taught == 40
-
-    @pytest.mark.parametrize(("learnt", "is_learnt"), [(0.3, True), (0.02, False)])
-    def test_who_only_guesses_among_the_values_of_a_row_has_not_learnt_it(self, monkeypatch, learnt, is_learnt):
-        """Two facts: the guesser's loss is 0.35, below which `learnt` may lie without a thing being found."""
-        monkeypatch.setattr(recall._Pupil, "step", lambda self, task, decay=1.0: 0.17)
-        assert self.two.guessing_loss == pytest.approx(0.5 * np.log(2))
-        training = train_recall(made(), [self.two], run(lessons=(2,), steps=100, learnt=learnt))
-        assert training.lessons[0].is_learnt is is_learnt
-        monkeypatch.setattr(recall._Pupil, "step", lambda self, task, decay=1.0: 0.18)
-        assert not train_recall(made(), [self.two], run(lessons=(2,), steps=100, learnt=0.3)).lessons[0].is_learnt
-
-    two = RecallTask(kind="mqar", length=30, pairs=2, vocab_size=40)
-
-    def test_copying_is_learnt(self):
-        model = made()
-        choices = {"tokens": 1_000, "learning_rate": 1e-2, "lesson_steps": 500, "steps": 1_000}
-        (lesson,) = train_recall(model, [self.MQAR], run(copied=24, **choices)).lessons
-        assert lesson.is_learnt
-        assert lesson.steps > 2 * RECENT
-        assert lesson.loss < 0.3
+    @pytest.mark.parametrize(("loss", "after"), [(0.29, RECENT), (0.31, None)])
+    def test_copying_and_many_facts_have_one_measure(self, monkeypatch, loss, after):
+        monkeypatch.setattr(recall._Pupil, "step", lambda *_: loss)
+        training = train_recall(made(), [self.MQAR], run(copied=24, lessons=(0, 4), lesson_steps=(25, 25)))
+        assert [lesson.learnt_after for lesson in training.lessons] == [after] * 2
 
     def test_what_was_taught_is_learnt(self):
         model = made()
-        choices = {"tokens": 32 * 30, "learning_rate": 1e-2, "lesson_steps": 400, "steps": 1_000}
-        training = train_recall(model, [self.MQAR], run(copied=24, lessons=(2, 4), **choices))
-        assert [lesson.is_learnt for lesson in training.lessons] == [True] * 3
+        choices = {"lesson_steps": (400, 60, 60), "lesson_tokens": 512, "steps": 60, "tokens": 512}
+        training = train_recall(model, [self.MQAR], run(copied=24, lessons=(0, 2, 4), learning_rate=1e-2, **choices))
+        copying, *facts = training.lessons
+        assert 2 * RECENT < copying.learnt_after < 400
+        assert all(lesson.learnt_after for lesson in facts)
         assert self.MQAR.guessing(500, EVALUATION_SEED) < 0.65
         assert evaluate_recall(model, self.MQAR, 64).accuracy > 0.95
 
@@ -143,7 +136,7 @@ class KilledError(Exception):
     """The end of the process, planted."""
 
 
-CHOICES = {"copied": 24, "lessons": (2, 3), "lesson_steps": 8, "steps": 40}
+CHOICES = {"copied": 24, "lessons": (0, 2, 3), "lesson_steps": (8, 8, 8), "lesson_tokens": 48, "steps": 16}
 
 
 class TestGoingOn:
@@ -169,8 +162,8 @@ class TestGoingOn:
         checkpoint = tmp_path / "scratch" / "training.pt"
         torch.manual_seed(0)
         self.killed_after(steps, monkeypatch, checkpoint, made(hidden_dropout_prob=0.1))
+        model = made(hidden_dropout_prob=0.1)
         torch.manual_seed(99)
-        model = HybridForCausalLM(HybridConfig(**SIZES, pattern="S", hidden_dropout_prob=0.1))
         taken: list[None] = []
         model.register_forward_pre_hook(lambda *_: taken.append(None))
         assert train_recall(model, [TestLessons.MQAR], run(**CHOICES), checkpoint=checkpoint) == expected
@@ -188,7 +181,10 @@ class TestGoingOn:
         path = tmp_path / "training.pt"
         train_recall(made(), [TASK], run(), checkpoint=path)
         longer = replace(TASK, length=30)
-        for model, tasks, choices in ((made(), [TASK], {"seed": 1}), (made(), [longer], {}), (made("A"), [TASK], {})):
+        other = made()
+        other.get_input_embeddings().weight.data[0, 0] += 1
+        cases = [(made(), [TASK], {"seed": 1}), (made(), [longer], {}), (made("A"), [TASK], {}), (other, [TASK], {})]
+        for model, tasks, choices in cases:
             with pytest.raises(ValueError, match=r"training.pt is of another model, other tasks or other choices"):
                 train_recall(model, tasks, run(**choices), checkpoint=path)
 
@@ -220,8 +216,8 @@ class TestSteps:
             return step(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-        taught, steps = WARM_UP + 8, 162
-        train_recall(made(), [TASK], run(lessons=(1,), lesson_steps=steps, learnt=1e-9, steps=steps, tokens=24))
+        taught = WARM_UP + 8
+        train_recall(made(), [TASK], run(lessons=(1,), lesson_steps=(taught,), lesson_tokens=24, steps=54, tokens=24))
         assert rates[:WARM_UP] == pytest.approx([1e-3 * (n + 1) / WARM_UP for n in range(WARM_UP)])
         assert rates[WARM_UP:taught] == [1e-3] * 8
         falling = [1e-3 * (0.5 + 0.5 * np.cos(np.pi * n / 54)) for n in range(54)]
@@ -247,6 +243,11 @@ class TestLanguage:
             assert ids.min() == 99, "the text stands between"
             assert set(ids.unique().tolist()) <= {99, *range(100, 140)}
         assert self.batches(evaluate_recall, TASK, 8).max() < 40
+
+    def test_a_text_with_more_tokens_than_the_model_is_refused(self):
+        language = replace(self.LANGUAGE, text=np.full(50, 150))
+        with pytest.raises(ValueError, match="the model has 150 tokens, but the task 151"):
+            self.batches(evaluate_recall, TASK, 8, language=language)
 
     def test_a_checkpoint_is_of_one_language(self, tmp_path):
         self.batches(train_recall, [TASK], run(), language=self.LANGUAGE, checkpoint=tmp_path / "training.pt")
@@ -285,8 +286,9 @@ def test_tasks_of_several_kinds_and_none_are_refused():
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"tokens": 0}, "tokens=0 must be at least 1"),
-        ({"lesson_steps": 0}, "lesson_steps=0 must be at least 1"),
-        ({"learnt": 0.0}, "learnt=0.0 must be above 0"),
+        ({"lessons": (2,), "lesson_steps": (0,)}, r"lesson_steps=.0,. must be a number above 0 for each of lessons"),
+        ({"lessons": (2, 3), "lesson_steps": (5,)}, r"lesson_steps=.5,. must be a number above 0 for each of lessons"),
+        ({"lesson_tokens": 0}, "lesson_tokens=0 must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
         ({"seed": -1}, "seed=-1 must not be negative"),

@@ -282,6 +282,11 @@ class Language:
         return cls(np.concatenate((np.array([*marks, *digits], np.int64), words.astype(np.int64))), text)
 
     @property
+    def highest(self) -> int:
+        """The highest id that its rows can hold."""
+        return int(max(self.words.max(), self.text.max()))
+
+    @property
     def digest(self) -> str:
         """SHA-256 of words and text, in hexadecimal."""
         return hashlib.sha256(self.words.tobytes() + self.text.tobytes()).hexdigest()

@@ -37,7 +37,7 @@ class CausalSize(Protocol):
 
 @dataclass(frozen=True)
 class Hybrid:
-    """Layers of attention and Mamba-2."""
+    """Layers of attention and SSM."""
 
     letters: str
     """A piece of the pattern, which is repeated."""

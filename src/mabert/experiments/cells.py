@@ -117,6 +117,11 @@ class CellStore:
     def run(self, cell: Cell, origin: dict[str, Any]) -> None:
         """Compute a cell and keep its result with all that it comes from, of which `origin` is the stamp."""
         result = cell.run()
+        self._keep(cell, result, origin)
+        if cell.scratch is not None:
+            shutil.rmtree(cell.scratch, ignore_errors=True)
+
+    def _keep(self, cell: Cell, result: dict[str, Any], origin: dict[str, Any]) -> None:
         if self.is_finished(cell):  # only its artifact was missing; the result that others saw stays
             if self.read(cell).get(WEIGHTS) != result.get(WEIGHTS):
                 logger.warning(
@@ -136,8 +141,6 @@ class CellStore:
         with atomic_write(path, "w") as file:
             json.dump(content, file, indent=1, allow_nan=False)
             file.write("\n")
-        if cell.scratch is not None:
-            shutil.rmtree(cell.scratch, ignore_errors=True)
 
     @contextlib.contextmanager
     def claim(self, cell: Cell) -> Iterator[bool]:

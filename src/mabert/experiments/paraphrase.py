@@ -32,7 +32,7 @@ from mabert.files import atomic_write, digest
 from mabert.inference.loading import load_model
 from mabert.training.held_out import evaluate_held_out
 from mabert.training.pretrain import PretrainConfig, pretrain
-from mabert.training.recall import RECENT, RecallRun, evaluate_recall, train_recall
+from mabert.training.recall import EVALUATION_SEED, RECENT, RecallRun, evaluate_recall, train_recall
 from mabert.training.runs import publish
 
 TAUGHT = "mqar"
@@ -91,7 +91,8 @@ class Paraphrase:
         run = self.scale.teaching()
         if run is None:
             return None
-        pretrained, run = self.models.pretraining(model), replace(run, bf16=torch.cuda.is_available())
+        pretrained = self.models.pretraining(model)
+        run = replace(run, bf16=self.sources.scale.bf16 and torch.cuda.is_available())
         folder = self.models.work / "paraphrase" / model / "base" / "0"
         (task,) = (task for task in self.sources.scale.asked_in_words() if task.kind == TAUGHT)
         return Cell(
@@ -220,7 +221,7 @@ class Paraphrase:
         language, recall = self._language("valid"), {}
         for task in self.sources.scale.asked_in_words():
             score = evaluate_recall(model, task, scale.eval_rows, language=language, batch_size=16)
-            recall[task.kind] = asdict(score)
+            recall[task.kind] = asdict(score) | {"guessing": task.guessing(scale.eval_rows, EVALUATION_SEED)}
         _, held_out = self.sources.pairs()
         chosen = held_out[: scale.eval_rows]
         gains = {name: gain(model, tokenizer, chosen, first, then) for name, (first, then) in GAINS.items()}

@@ -46,7 +46,7 @@ class Recall:
         """One model, trained on a kind of task at every length and number of facts, then asked and probed at each; and
         asked in rows that are longer."""
         recall = self.scale.recall
-        run = replace(recall.run(seed), bf16=torch.cuda.is_available())
+        run = replace(recall.run(seed), bf16=self.scale.bf16 and torch.cuda.is_available())
         scratch = self.work / "recall" / name / kind / str(seed)
         return Cell(
             name=f"recall/{name}/{kind}/{seed}",

@@ -73,7 +73,17 @@ class CausalScale:
     """TransPoints between nothing and the whole length at which a layer is timed."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "steps", "batch_size", "eval_rows", "seeds"):
+        for name in (
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "layers",
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "eval_rows",
+            "seeds",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"causal.{name}={getattr(self, name)} must be at least 1.")
         if self.length < 4:
@@ -83,6 +93,8 @@ class CausalScale:
         for name in ("schedules", "timed_lengths"):
             if not getattr(self, name):
                 raise ValueError(f"causal.{name} is empty: give at least one.")
+        if min(self.timed_lengths) < 1:
+            raise ValueError(f"causal.timed_lengths={self.timed_lengths} must be at least 1 each.")
         _check_mixers("causal", self.ssm, self.sliding_window)
         if self.timed_points < 2:
             raise ValueError(
@@ -109,7 +121,7 @@ class RecallScale:
     """Mixers of a model; a layer that has two counts twice. Recall takes two layers at least: one that tells a value
     which key stood before it, and one that finds it."""
     state_size: int | None = None
-    """Of Mamba-2; by default as wide as a head of attention. The smaller, the fewer facts a state holds."""
+    """Of the SSM; by default as wide as a head of attention. The smaller, the fewer facts a state holds."""
     ssm: str = "mamba2"
     """The mixer that stands beside attention, and alone in the model that is named Mamba-2: or "mamba1"."""
     sliding_window: int | None = None
@@ -123,22 +135,24 @@ class RecallScale:
     """Lengths of rows that are asked only: longer than any in training."""
     pairs: tuple[int, ...] = (4, 16)
     """Facts in a row, as far as they find room."""
-    copied: int = 48
-    """Tokens in the rows of the first lesson, in which a text comes twice; 0 for no such lesson."""
-    lessons: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16)
-    """Facts in the rows of the lessons after it, which hold nothing else."""
-    lesson_steps: int = 4_000
-    """The most steps of one lesson."""
-    steps: int = 12_000
-    """In all: lessons take two thirds at most, the others go to rows of all lengths and numbers of facts in turns."""
+    lessons: tuple[int, ...] = (0, 2, 4, 8, 16)
+    """Facts in the rows of each lesson, which hold nothing else; 0 for one in which a text comes twice."""
+    lesson_steps: tuple[int, ...] = (2_000, 200, 200, 200, 200)
+    """Of each of them."""
+    lesson_tokens: int = 2_048
+    """In the rows of a lesson's step."""
+    copied: int = 24
+    """Tokens in a row in which a text comes twice."""
+    steps: int = 4_000
+    """After the lessons, on rows of all lengths and numbers of facts in turns."""
     tokens: int = 8_192
-    """In the rows of a step."""
+    """In the rows of such a step."""
     learning_rate: float = 2e-3
     seeds: int = 5
     eval_rows: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("lesson_steps", "steps", "tokens", "seeds", "eval_rows"):
+        for name in ("steps", "tokens", "seeds", "eval_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1.")
         if self.state_size is not None and self.state_size < 1:
@@ -174,9 +188,10 @@ class RecallScale:
     def run(self, seed: int = 0) -> RecallRun:
         """How a model of a seed is trained."""
         return RecallRun(
-            copied=self.copied,
             lessons=self.lessons,
             lesson_steps=self.lesson_steps,
+            lesson_tokens=self.lesson_tokens,
+            copied=self.copied,
             steps=self.steps,
             tokens=self.tokens,
             learning_rate=self.learning_rate,
@@ -217,7 +232,7 @@ class ParaphraseScale:
     pairs: int = 4
     """Facts in a row of the recall tasks."""
     taught: int = 1_000
-    """Steps in which a checkpoint learns to recall before all this; 0 for none."""
+    """Steps in which a checkpoint learns to copy before all this, then facts, then the task: of each; 0 for none."""
     taught_tokens: int = 8_192
     """In the rows of such a step."""
     taught_learning_rate: float = 5e-4
@@ -251,13 +266,13 @@ class ParaphraseScale:
         return self.ratios[len(self.ratios) // 2]
 
     def teaching(self) -> RecallRun | None:
-        """How a checkpoint learns to recall: to copy, then one fact more in each lesson, then the task; None: not."""
+        """How a checkpoint learns to recall: to copy, then facts that stand side by side, then the task; None: not."""
         if not self.taught:
             return None
         return RecallRun(
-            copied=48,
-            lessons=tuple(range(2, self.pairs + 1)),
-            lesson_steps=self.taught,
+            lessons=(0, self.pairs),
+            lesson_steps=(self.taught, self.taught),
+            lesson_tokens=self.taught_tokens,
             steps=self.taught,
             tokens=self.taught_tokens,
             learning_rate=self.taught_learning_rate,
@@ -325,7 +340,12 @@ class Scale:
         for name in ("stage_lengths", "budgets", "patterns", "tasks", "learning_rates", "batch_sizes", "epochs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give at least one.")
-        self.asked_in_words()  # which are refused where they find no room
+        try:
+            self.asked_in_words()
+        except ValueError as error:
+            raise ValueError(
+                f"a quarter of causal.length={self.causal.length} is too short for what paraphrase asks: {error}"
+            ) from error
         if self.efficiency_scale not in SCALES:
             raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(SCALES)}.")
 
@@ -415,10 +435,11 @@ def tiny() -> Scale:
             lengths=(64,),
             beyond=(96,),
             pairs=(4,),
+            lessons=(2, 0),
+            lesson_steps=(40, 40),
+            lesson_tokens=512,
             copied=24,
-            lessons=(2,),
-            lesson_steps=40,
-            steps=120,
+            steps=40,
             tokens=768,
             seeds=1,
             eval_rows=64,
@@ -483,14 +504,15 @@ def cpu() -> Scale:
         recall=RecallScale(
             intermediate_size=128,
             state_size=4,
-            vocab_size=192,
+            vocab_size=128,
             kinds=("mqar",),
             lengths=(128, 256, 512, 1024),
             beyond=(2048,),
-            pairs=(4, 40),
-            lessons=(2, 4, 8, 16, 40),
-            lesson_steps=1_100,
-            steps=1_800,
+            pairs=(4, 28),
+            lessons=(0, 2, 4, 8, 16, 28),
+            lesson_steps=(900, 200, 200, 200, 200, 200),
+            copied=24,
+            steps=500,
             tokens=2_048,
             learning_rate=1e-3,
             eval_rows=32,
@@ -501,8 +523,8 @@ def cpu() -> Scale:
             orders=("passage-first",),
             steps=100,
             seeds=1,
-            taught=400,
-            taught_tokens=2_048,
+            taught=300,
+            taught_tokens=1_024,
             taught_learning_rate=1e-3,
         ),
     )

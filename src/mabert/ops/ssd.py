@@ -150,7 +150,7 @@ def _chunked(x, delta, A, B, C, cu_seqlens, initial_state) -> tuple[Tensor, Tens
 def chunk_steps(numbers: int) -> int:
     """Steps in a chunk where a head's state has so many numbers: those that make the products within as large as it is.
 
-    Work within grows with the chunk, that on states falls with it: about equal, they are least together.
+    Work within grows with the chunk, that on states falls with it.
     """
     least, most = CHUNKS
     return min(max(1 << round(math.log2(numbers) / 2), least), most)

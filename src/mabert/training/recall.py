@@ -1,5 +1,6 @@
 """A causal model trained on a recall task, and asked."""
 
+import hashlib
 import json
 import math
 import time
@@ -29,56 +30,62 @@ WARM_UP = 100
 """Steps until the learning rate is at its height."""
 RECENT = 20
 """Steps over which the loss is averaged where it decides whether a lesson is learnt."""
-MOST_TAUGHT = 2 / 3
-"""Share of all steps after which there are no more lessons."""
+LEARNT = 0.3
+"""The loss, in nats a token, below which a lesson is learnt; or half of what guessing among the values of a row gets,
+where that is lower."""
 SAY_SECONDS, SAVE_SECONDS = 10, 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallRun:
-    """How a model is trained on recall.
+    """How a model is trained on recall: every model by the same rows in the same order.
 
     Trained on long rows with many facts from the start, a model gives some value of the row and never finds out which
-    one is asked for. So lessons come first: to copy, then few facts, then more, in rows that hold nothing else. Who is
-    soon done with them has more steps for the tasks; all steps together are the same for every model.
+    one is asked for. So lessons come first: to copy, then few facts, then more, in rows that hold nothing else.
     """
 
-    copied: int = 0
-    """Tokens in the rows of a first lesson, in which a text comes twice; 0 for no such lesson."""
     lessons: tuple[int, ...] = ()
-    """Facts in the rows of each lesson."""
-    lesson_steps: int = 1_000
-    """The most steps of one lesson. The next one comes then, learnt or not, until two thirds of all steps are over."""
-    learnt: float = 0.3
-    """The loss, in nats a token, at which a lesson ends before that; or half of what guessing among the values of a row
-    gets, where that is lower."""
+    """Facts in the rows of each lesson; 0 for a lesson in which a text comes twice, to be copied."""
+    lesson_steps: tuple[int, ...] = ()
+    """Of each of them."""
+    lesson_tokens: int = 512
+    """In the rows of a step in a lesson."""
+    copied: int = 24
+    """Tokens in a row in which a text comes twice."""
     steps: int
-    """In all: after the lessons, which take two thirds of them at most, come the tasks themselves."""
+    """On the tasks themselves, after the lessons."""
     tokens: int
-    """In the rows of a step; of rows that are longer there is one."""
+    """In the rows of such a step; of rows that are longer there is one."""
     learning_rate: float
     seed: int = 0
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lesson_steps", "steps", "tokens"):
+        for name in ("lesson_tokens", "steps", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("learning_rate", "learnt"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if len(self.lesson_steps) != len(self.lessons) or any(steps < 1 for steps in self.lesson_steps):
+            raise ValueError(
+                f"lesson_steps={self.lesson_steps} must be a number above 0 for each of lessons={self.lessons}."
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative.")
 
     def lessons_for(self, task: RecallTask) -> list[RecallTask | CopyTask]:
-        """The lessons before a task: copying, then its facts in the shortest rows that hold so many.
+        """The lessons before a task: copying, or its facts in the shortest rows that hold so many (a passkey is one).
 
         Raises:
             ValueError: the vocabulary is too small for the facts of a lesson, or a row for a text that comes twice.
         """
-        copying = [CopyTask(length=self.copied, vocab_size=task.vocab_size)] if self.copied else []
-        numbers = (1,) if task.kind == "passkey" and self.lessons else self.lessons
-        return copying + [RecallTask.shortest(kind=task.kind, pairs=n, vocab_size=task.vocab_size) for n in numbers]
+        vocab_size, most = task.vocab_size, 1 if task.kind == "passkey" else max(self.lessons, default=0)
+        return [
+            RecallTask.shortest(kind=task.kind, pairs=min(facts, most), vocab_size=vocab_size)
+            if facts
+            else CopyTask(length=self.copied, vocab_size=vocab_size)
+            for facts in self.lessons
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class Lesson:
     steps: int
     loss: float
     """Mean of its last steps, in nats a token."""
-    is_learnt: bool
+    learnt_after: int | None
+    """Steps until the loss was that of one who has learnt it; None where it never was."""
 
 
 @dataclass
@@ -138,7 +146,7 @@ def train_recall(
 
     Raises:
         ValueError: there are no tasks, or they are of several kinds, or have more tokens than the model; or the
-            checkpoint is that of another training.
+            checkpoint is that of another training: other weights at its beginning, other tasks or choices.
         FloatingPointError: the loss became NaN or infinite.
     """
     if len({(task.kind, task.vocab_size) for task in tasks}) != 1:
@@ -146,33 +154,50 @@ def train_recall(
     _check_vocabulary(model, tasks[0], language)
     pupil = _Pupil(model, tasks, run, language, checkpoint)
     lessons, done = run.lessons_for(tasks[0]), pupil.training
-    began = said = saved = time.monotonic()
-    first = done.steps
-    while done.steps < run.steps:
-        if len(done.lessons) < len(lessons) and done.taught < int(MOST_TAUGHT * run.steps) and not done.losses:
-            task = lessons[len(done.lessons)]
-            what, loss = "copying" if isinstance(task, CopyTask) else f"lesson of {task.pairs}", pupil.step(task)
-            done.lesson.append(loss)
-            pupil.end_lesson(task)
+    steps = sum(run.lesson_steps) + run.steps
+    first, began = done.steps, time.monotonic()
+    said = saved = began
+    while done.steps < steps:
+        if len(done.lessons) < len(lessons):
+            what, loss = pupil.study(lessons[len(done.lessons)])
         else:
-            decay = 0.5 + 0.5 * math.cos(math.pi * len(done.losses) / (run.steps - done.taught))
-            what, loss = "tasks", pupil.step(tasks[len(done.losses) % len(tasks)], decay)
+            decay = 0.5 + 0.5 * math.cos(math.pi * len(done.losses) / run.steps)
+            what, loss = "tasks", pupil.step(tasks[len(done.losses) % len(tasks)], run.tokens, decay)
             done.losses.append(loss)
-        now = time.monotonic()
-        if now - said > SAY_SECONDS or done.steps == run.steps:
-            left = (now - began) / (done.steps - first) * (run.steps - done.steps)
-            report(f"{what}: step {done.steps:,} of {run.steps:,}, loss {loss:.4f}, {left:.0f} s left")
+        now, is_end = time.monotonic(), done.steps == steps
+        if now - said > SAY_SECONDS or is_end:
+            left = (now - began) / (done.steps - first) * (steps - done.steps)
+            report(f"{what}: step {done.steps:,} of {steps:,}, loss {loss:.4f}, {left:.0f} s left")
             said = now
-        if now - saved > SAVE_SECONDS or done.steps == run.steps:
+        if now - saved > SAVE_SECONDS or is_end:
             pupil.save()
             saved = time.monotonic()
     return done
 
 
 def _check_vocabulary(model: PreTrainedModel, task: RecallTask, language: Language | None) -> None:
-    has, needs = model.config.vocab_size, task.vocab_size if language is None else int(language.words.max()) + 1
+    has, needs = model.config.vocab_size, task.vocab_size if language is None else language.highest + 1
     if has < needs:
         raise ValueError(f"the model has {has:,} tokens, but the task {needs:,}: give fewer, or another model.")
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the weights, in hexadecimal."""
+    whole = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        whole.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _learnt_after(losses: Sequence[float], guessed: float) -> int | None:
+    """Steps until the mean of the last ones was low enough."""
+    enough = min(LEARNT, guessed / 2 if guessed else math.inf)
+    ends = range(RECENT, len(losses) + 1)
+    return next((end for end in ends if _mean(losses[end - RECENT : end]) < enough), None)
 
 
 class _Pupil:
@@ -195,6 +220,7 @@ class _Pupil:
             "tasks": [asdict(task) for task in tasks],
             "model": model.config.to_diff_dict(),
             "language": None if language is None else language.digest,
+            "weights": _digest(model),
         }
         self.identity = json.dumps(whole, sort_keys=True, default=str)
         if checkpoint is not None:
@@ -203,10 +229,21 @@ class _Pupil:
             if checkpoint.exists():
                 self._load(checkpoint)
 
-    def step(self, task: RecallTask | CopyTask, decay: float = 1.0) -> float:
-        """One step on fresh rows of a task; give its loss."""
+    def study(self, lesson: RecallTask | CopyTask) -> tuple[str, float]:
+        """One step of a lesson, after whose last one it is over; give its name and the loss."""
+        done = self.training
+        done.lesson.append(self.step(lesson, self.run.lesson_tokens))
+        loss, pairs = done.lesson[-1], lesson.pairs if isinstance(lesson, RecallTask) else 0
+        if (steps := len(done.lesson)) == self.run.lesson_steps[len(done.lessons)]:
+            learnt = _learnt_after(done.lesson, lesson.guessing_loss)
+            done.lessons.append(Lesson(pairs, lesson.length, steps, _mean(done.lesson[-RECENT:]), learnt))
+            done.lesson = []
+        return f"lesson of {pairs}" if pairs else "copying", loss
+
+    def step(self, task: RecallTask | CopyTask, tokens: int, decay: float = 1.0) -> float:
+        """One step on fresh rows of a task, of so many tokens; give its loss."""
         begin = self.training.rows
-        end = begin + max(1, self.run.tokens // task.length)
+        end = begin + max(1, tokens // task.length)
         stream = RecallDataset(task, end, self.run.seed, self.language)
         batch = default_collate([stream[row] for row in range(begin, end)])
         step = self.training.steps + 1
@@ -224,18 +261,6 @@ class _Pupil:
         self.optimizer.zero_grad(set_to_none=True)
         self.training.rows = end
         return value
-
-    def end_lesson(self, task: RecallTask | CopyTask) -> None:
-        """Close the lesson, if it is learnt, or had its steps, or the time for lessons is over."""
-        losses, done = self.training.lesson, self.training
-        recent = losses[-RECENT:]
-        loss = sum(recent) / len(recent)
-        guessed = task.guessing_loss
-        is_learnt = len(losses) >= RECENT and loss < min(self.run.learnt, guessed / 2 if guessed else math.inf)
-        if is_learnt or len(losses) == self.run.lesson_steps or done.taught >= int(MOST_TAUGHT * self.run.steps):
-            pairs = task.pairs if isinstance(task, RecallTask) else 0
-            done.lessons.append(Lesson(pairs, task.length, len(losses), loss, is_learnt))
-            done.lesson = []
 
     def save(self) -> None:
         """Write all that a later process needs to go on."""

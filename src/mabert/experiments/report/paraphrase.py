@@ -3,7 +3,7 @@
 A model that is taught to recall first tells of that in a cell of its own, which is no row of the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mabert.data.recall import KINDS
 from mabert.experiments.paraphrase import GAINS
@@ -14,8 +14,8 @@ from mabert.experiments.report.markup import Column, Row, Section, Table, entry
 ABOUT = (
     "A causal model goes on training on text of which a share is passages, a gap, and the same in other words, in one "
     "document. Controls: text alone (none), the passage word for word (verbatim), another passage (unrelated), passage "
-    "and paraphrase in two documents (apart). A model pretrained on so little text recalls nothing, so it is taught to "
-    "recall before: the question is what is kept of it, and what is gained. After arXiv 2510.26912, whose abstract "
+    "and paraphrase in two documents (apart). A model pretrained on so little text recalls nothing, so it gets lessons "
+    "in recall before: the question is what is kept of it, and what is gained. After arXiv 2510.26912, whose abstract "
     "reports more recall and nothing else lost; its settings and numbers are not known to us."
 )
 BASE, BEFORE = "base", "before"
@@ -51,8 +51,9 @@ def _table(results: Results, model: str) -> Table:
     caption = (
         f"{at_scale(results)}; {' or '.join(f'{n:,}' for n in tokens) or 'no'} tokens of continual training; "
         f"{counted([len(seeds)], 'seed')} of it, from one checkpoint. {_taught(results, model)}Recall is asked in "
-        "words of the vocabulary with real held-out text between, in rows of a quarter of the length. Gain: how much "
-        "better a held-out paraphrase, or passage, is predicted behind its passage than behind another pair's."
+        "words of the vocabulary with real held-out text between, in rows of a quarter of the length. "
+        f"{_guessed(records)}Gain: how much better a held-out paraphrase, or passage, is predicted behind its passage "
+        "than behind another pair's."
     )
     notes = ["Numbers behind a kind of text: its share of the words, in percent."]
     return Table(f"Paraphrases · {model}", caption, columns, rows, wanted, notes, head="text")
@@ -63,13 +64,20 @@ def _taught(results: Results, model: str) -> str:
     said = ""
     for base in results.found([f"paraphrase/{model}/{BASE}/0"]):
         run, task, lessons = base.config["run"], base.config["task"], base.at("lessons")
-        learnt = sum(lesson["is_learnt"] for lesson in lessons)
+        learnt = sum(lesson["learnt_after"] is not None for lesson in lessons)
         said = (
-            f"The checkpoint was taught {task['kind']}, with text of training between, in {run['steps']:,} steps of "
-            f"{run['tokens']:,} tokens ({learnt} of {counted([len(lessons)], 'lesson')} learnt): before means after "
-            "that, and other kinds of recall were never taught. "
+            f"The checkpoint was taught {task['kind']}, with text of training between, in "
+            f"{base.at('taught') + run['steps']:,} steps ({learnt} of {counted([len(lessons)], 'lesson')} learnt): "
+            "before means after that, and other kinds of recall were never taught. "
         )
     return said
+
+
+def _guessed(records: Sequence[Record]) -> str:
+    """What one gets in each kind who knows the answers in a row and guesses whose they are."""
+    shares = {(kind, record.at("recall", kind, "guessing")) for record in records for kind in KINDS}
+    told = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares) if share < 1)
+    return f"Who knows a row's answers and guesses whose they are: {told} (simulated). " if told else ""
 
 
 def _recall(kind: str, what: str) -> Callable[[Record], float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from mabert.config import FUSIONS
 from mabert.data.recall import PLACES
 from mabert.experiments.causal_architectures import HYBRIDS
 from mabert.experiments.comparison import mean_interval
@@ -14,16 +15,23 @@ from mabert.experiments.report.markup import DASH, Column, Entry, Figure, Panel,
 from mabert.experiments.report.plots import Axis, Series, plot
 from mabert.experiments.report.styles import key, style
 from mabert.models.causal import MEMORIES
+from mabert.training.recall import LEARNT, RECENT
 
 ABOUT = (
-    "Attention and a state space (Mamba-2) one after the other in a layer, or side by side and fused, beside each "
-    "alone: as many mixers in all (half the layers where a layer has two; a fusion by attention is one more), and as "
-    "many parameters outside the embeddings. Of the paper (arXiv 2510.26912) its abstract is known to us, not its "
-    "sizes, tasks or numbers: these settings are ours. It finds sequential hybrids better on shorter contexts, "
-    "parallel ones on longer, and fusion by attention to recall best. What was found here stands below the figure."
+    "Attention and a state space (Mamba-2, unless it is said otherwise) one after the other in a layer, or side by "
+    "side and fused, beside each alone: as many mixers in all (half the layers where a layer has two; a fusion by "
+    "attention is one more), and as many parameters outside the embeddings. Of the paper (arXiv 2510.26912) its "
+    "abstract is known to us, not its sizes, tasks or numbers: these settings are ours. It finds sequential hybrids "
+    "better on shorter contexts, parallel ones on longer, and fusion by attention to recall best. What was found here "
+    "stands below the figure."
 )
 PROBES = {"recurrent-only": "recurrent only", "attention-only": "attention only", "none": "neither"}
-FAMILIES = ("sequential", "parallel")
+FAMILIES = {
+    "sequential": ("sequential", "sequential-attention-first"),
+    "parallel": tuple(f"parallel-{fusion}" for fusion in FUSIONS if not fusion.startswith("merge-attention")),
+    "merged": tuple(f"parallel-{fusion}" for fusion in FUSIONS if fusion.startswith("merge-attention")),
+}
+"""Hybrids that are compared together. Merged attention stands apart: it is one more mixer, without rotary positions."""
 LEAST_SEEDS = 5
 """With fewer of them nothing is said about what differs."""
 assert PROBES.keys() == MEMORIES.keys() - {"both"}  # as it is, a model is asked by place
@@ -107,12 +115,21 @@ class _Kind:
     def about(self) -> str:
         """How the models were trained, and what is shown of them."""
         runs = [record.config["run"] for record in self.found]
-        has_lessons = any(run["copied"] or run["lessons"] for run in runs)
-        lessons = ", lessons in at most two thirds of them, then" if has_lessons else ""
+        taught = sorted({record.at("taught") for record in self.found})
         return (
-            f"{at_scale(self.results)}; {_each(runs, 'steps')} steps of {_each(runs, 'tokens')} tokens{lessons} on all "
-            f"lengths of training and numbers of facts in turns. {self.scored()}"
+            f"{at_scale(self.results)}; {self.mixers()}{_listed(taught)} steps of lessons, then {_each(runs, 'steps')} "
+            f"steps of {_each(runs, 'tokens')} tokens on all lengths of training and numbers of facts in turns, the "
+            f"same rows for every model. {self.scored()}"
         )
+
+    def mixers(self) -> str:
+        """What they are, where they are not Mamba-2 and attention to everything before."""
+        sizes = [record.config["size"] for record in self.found]
+        ssms, windows = {size["ssm"] for size in sizes}, {size["sliding_window"] for size in sizes}
+        said = "" if ssms == {"mamba2"} else f"the SSM is {' or '.join(sorted(ssms))} in all of them; "
+        if windows != {None}:
+            said += f"attention reaches {' or '.join(str(window or 'all') for window in windows)} tokens; "
+        return said
 
     def guessed(self, pairs: int, length: int) -> str:
         """What guessing among the values of a row gets."""
@@ -149,22 +166,22 @@ class _Kind:
         learnt: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for model in HYBRIDS:
             for record in self.results.found(self.cells(model)):
-                for lesson in record.at("lessons"):
-                    pairs, where = lesson["pairs"], f"in {lesson['length']} tokens"
-                    columns[pairs] = Column(counted([pairs], "fact") if pairs else "copying", (where,))
-                    learnt.setdefault((model, pairs), []).append(lesson)
+                for index, lesson in enumerate(record.at("lessons")):
+                    pairs, where = lesson["pairs"], f"in {lesson['length']} tokens, {lesson['steps']:,} steps"
+                    columns[index] = Column(counted([pairs], "fact") if pairs else "copying", (where,))
+                    learnt.setdefault((model, index), []).append(lesson)
         rows = []
         for model in HYBRIDS:
             seeds = len(self.results.found(self.cells(model)))
-            entries = [_learnt(learnt.get((model, pairs), []), seeds) for pairs in sorted(columns)]
+            entries = [_learnt(learnt.get((model, index), []), seeds) for index in sorted(columns)]
             rows.append(Row(model, entries if seeds else [Entry(DASH)] * len(columns)))
         caption = (
-            "Steps until the loss of the last 20 was below "
-            f"{_each([record.config['run'] for record in self.found], 'learnt')} nats a token, or half of a guesser's, "
-            f"mean over the seeds that got there; behind it how many did, where not all. A lesson has at most "
-            f"{_each([record.config['run'] for record in self.found], 'lesson_steps')} steps. {self.about()}"
+            f"Steps until the loss of the last {RECENT} was below "
+            f"{LEARNT} nats a token, or half of a guesser's, mean over the seeds that got there; behind it how many "
+            f"did, where not all. A lesson is as long for every model, learnt or not. {self.about()}"
         )
-        return Table(f"Lessons · {self.kind}", caption, [columns[n] for n in sorted(columns)], rows, self.wanted)
+        in_order = [columns[index] for index in sorted(columns)]
+        return Table(f"Lessons · {self.kind}", caption, in_order, rows, self.wanted)
 
     def length_figure(self) -> Figure:
         """Accuracy by length, one plot for each number of facts."""
@@ -190,7 +207,7 @@ class _Kind:
                 notes.append(f"{self.titled(pairs)}: no row of training had {_listed(beyond)} tokens.")
             notes += self.alone_and_fused(pairs, self.trained_on(pairs))
             for place in ("spread", "early"):
-                notes += [finding for length in lengths for finding in self.findings(pairs, length, place)]
+                notes += self.findings(pairs, place, lengths)
         caption = f"Facts anywhere in the row. {self.about()} Bars: ± standard deviation over the seeds."
         legend = key((model, style(model)) for model in HYBRIDS)
         return Figure(f"Recall by length · {self.kind}", caption, legend, panels, self.wanted, notes)
@@ -211,26 +228,40 @@ class _Kind:
             f"{means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
         ]
 
-    def findings(self, pairs: int, length: int, place: str) -> list[str]:
-        """Which family of hybrids recalls better, its members taken together; nothing while cells are missing."""
-        families = {family: [name for name in HYBRIDS if name.startswith(family)] for family in FAMILIES}
-        means: dict[str, list[float]] = {}
-        for family, models in families.items():
-            measured = [self.measure(model, pairs, length, "accuracy", place) for model in models]
-            if not all(of.is_complete for of in measured):
-                return []
-            means[family] = [fmean(values) for values in zip(*(of.values for of in measured), strict=True)]
-        first, second = (fmean(means[family]) for family in FAMILIES)
-        numbers = (
-            f"{self.titled(pairs)}, {place}, {length:,} tokens: the {len(families['sequential'])} sequential ones "
-            f"recall {first:.1%} on average, the {len(families['parallel'])} parallel ones {second:.1%}"
-        )
-        if len(self.seeds) < LEAST_SEEDS:
-            return [f"{numbers}; too few seeds to tell them apart."]
-        differences = [100 * (p - s) for s, p in zip(means["sequential"], means["parallel"], strict=True)]
-        low, high = (round(bound, 1) + 0.0 for bound in mean_interval(differences))
-        verdict = "parallel is better" if low > 0 else "sequential is better" if high < 0 else "no difference seen"
-        return [f"{numbers}, {low:+.1f} to {high:+.1f} points apart (95%, over the seeds): {verdict}."]
+    def findings(self, pairs: int, place: str, lengths: Sequence[int]) -> list[str]:
+        """Whether a family of hybrids recalls better than the sequential ones, and more so in longer rows.
+
+        Differences are of means over the families, seed by seed. One thing is decided for each family: whether the
+        difference at the greatest of the lengths is another one than at the least. Nothing while cells are missing.
+        """
+        means = {family: [self.family(family, pairs, length, place) for length in lengths] for family in FAMILIES}
+        if not all(seeds for of in means.values() for seeds in of):
+            return []
+        notes = []
+        for family in ("parallel", "merged"):
+            differences = [
+                [100 * (one - other) for one, other in zip(ours, theirs, strict=True)]
+                for ours, theirs in zip(means[family], means["sequential"], strict=True)
+            ]
+            said = f"{self.titled(pairs)}, {place}: {family} minus sequential, in points: "
+            said += ", ".join(
+                f"{fmean(of):+.1f}{_within(of)} at {length:,}" for length, of in zip(lengths, differences, strict=True)
+            )
+            if len(self.seeds) < LEAST_SEEDS:
+                notes.append(f"{said}; too few seeds to decide anything.")
+                continue
+            changes = [last - first for first, last in zip(differences[0], differences[-1], strict=True)]
+            low, high = (round(bound, 1) + 0.0 for bound in mean_interval(changes))
+            verdict = "gains with length" if low > 0 else "loses with length" if high < 0 else "no change with length"
+            notes.append(f"{said} (95%, over the seeds). From first to last {low:+.1f} to {high:+.1f}: {verdict}.")
+        return notes
+
+    def family(self, family: str, pairs: int, length: int, place: str) -> list[float]:
+        """Means over a family, one a seed; empty while cells are missing."""
+        measured = [self.measure(model, pairs, length, "accuracy", place) for model in FAMILIES[family]]
+        if not all(of.is_complete for of in measured):
+            return []
+        return [fmean(values) for values in zip(*(of.values for of in measured), strict=True)]
 
     def asked_table(self, pairs: int, length: int) -> Table:
         """Accuracy in rows of one length, by where the facts stand and by what may pass from them to the questions."""
@@ -262,9 +293,17 @@ def _listed(numbers: Sequence[float]) -> str:
     return " or ".join(f"{number:,}" for number in numbers)
 
 
+def _within(values: Sequence[float]) -> str:
+    """Half of the interval of a mean, or nothing where there is none."""
+    if len(values) < LEAST_SEEDS:
+        return ""
+    low, high = mean_interval(values)
+    return f" ±{(high - low) / 2:.1f}"
+
+
 def _learnt(lessons: Sequence[dict[str, Any]], seeds: int) -> Entry:
     """One lesson, as far as the models of these seeds got to it."""
-    steps = [lesson["steps"] for lesson in lessons if lesson["is_learnt"]]
+    steps = [lesson["learnt_after"] for lesson in lessons if lesson["learnt_after"] is not None]
     if not steps:
-        return Entry("not learnt" if lessons else "not given")
+        return Entry("not learnt" if lessons else DASH)
     return Entry(f"{sum(steps) / len(steps):,.0f}", "" if len(steps) == seeds else f"{len(steps)} of {seeds}")
