@@ -187,6 +187,23 @@ def test_what_a_cell_left_behind_goes_once_its_result_is_kept(store, tmp_path):
     assert not scratch.exists()
 
 
+def test_what_it_left_behind_goes_also_when_only_its_artifact_was_missing(store, tmp_path):
+    artifact, scratch = tmp_path / "artifact", tmp_path / "scratch"
+
+    def run():
+        scratch.mkdir()
+        artifact.touch()
+        return {}
+
+    cell = Cell("a", {}, run, artifact=artifact, scratch=scratch)
+    after = Cell("b", {}, dict, needs=(cell,))
+    run_cells([cell], store, console=QUIET)
+    artifact.unlink()
+    run_cells([after], store, console=QUIET)
+    assert artifact.exists()
+    assert not scratch.exists()
+
+
 def test_the_time_ends_a_run_whose_training_finished_in_the_last_moment(store):
     """A training takes the signal for its own, and with its last step done it is not stopped."""
 
