@@ -1,4 +1,4 @@
-"""Every hybrid learns to recall several facts by rows from which attention alone learns it too, and the SSM does not."""
+"""Every hybrid learns to recall several facts from rows by which attention alone does, and the SSM does not."""
 
 import pytest
 import torch
