@@ -94,8 +94,8 @@ def test_a_checkpoint_is_taught_before_everything(made):
     taught = content(made, base)
     assert taught["config"]["task"]["kind"] == "mqar"
     assert taught["config"]["run"]["steps"] == 4
-    assert [lesson["pairs"] for lesson in taught["result"]["lessons"]] == [0]
-    assert (taught["result"]["taught"], len(taught["result"]["losses"])) == (2, 2)
+    assert [lesson["pairs"] for lesson in taught["result"]["lessons"]] == [0, 1]
+    assert (taught["result"]["taught"], len(taught["result"]["losses"])) == (8, 4)
     pretrained = json.loads((made[2] / "results" / "causal" / "sequential" / "0.json").read_text())["result"]
     assert taught["result"]["weights"] != pretrained["weights"]
     assert content(made, made[1][0])["result"]["weights"] == taught["result"]["weights"]
@@ -166,8 +166,8 @@ def test_without_teaching_everything_starts_from_the_pretrained_checkpoint(made)
 @pytest.mark.parametrize(
     ("changes", "changed"),
     [
-        ({"taught": 6}, {"steps": 6, "lesson_steps": 6}),
-        ({"taught_tokens": 48}, {"tokens": 48}),
+        ({"taught": 6}, {"steps": 6, "lesson_steps": (6, 6)}),
+        ({"taught_tokens": 48}, {"tokens": 48, "lesson_tokens": 48}),
         ({"taught_learning_rate": 0.5}, {"learning_rate": 0.5}),
     ],
 )
