@@ -154,6 +154,13 @@ def test_every_choice_of_training_reaches_the_run():
     assert run["seed"] == 3
 
 
+@pytest.mark.parametrize(("bf16", "gpu"), [(True, True), (True, False), (False, True)])
+def test_bf16_takes_the_scale_and_a_gpu(monkeypatch, bf16, gpu):
+    monkeypatch.setattr(recall.torch.cuda, "is_available", lambda: gpu)
+    cell = experiment(replace(SCALE, bf16=bf16)).cell("sequential", "mqar", 0)
+    assert cell.config["run"]["bf16"] is (bf16 and gpu)
+
+
 def trained_config(tmp_path, monkeypatch, name, **choices):
     """The config of the model that a cell trains with these choices of the scale."""
     trained = []

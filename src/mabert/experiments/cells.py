@@ -191,7 +191,7 @@ def run_cells(
     pending = _pending(cells, store, failed)
     total, done, seconds = len(pending), 0, 0.0
     origin, parent = stamp(), os.getppid()  # the code that runs is that of now, whatever is committed meanwhile
-    _say(console, f"{len(cells)} cells asked for; to compute, with what they need: {total}")
+    say(console, f"{len(cells)} cells asked for; to compute, with what they need: {total}")
     with _stopping(max_minutes) as is_up:
         while pending:
             if not include_alone and (pending[0].alone or os.getppid() != parent):
@@ -203,7 +203,7 @@ def run_cells(
                 with store.claim(cell) as mine:
                     if mine and cell in _pending(cells, store, failed):
                         total = max(total, len(pending))  # more, where files were deleted meanwhile
-                        _say(console, f"[{total - len(pending) + 1} of {total}] {cell.name}")
+                        say(console, f"[{total - len(pending) + 1} of {total}] {cell.name}")
                         try:
                             store.run(cell, origin)
                         except TrainingInterruptedError:
@@ -219,7 +219,7 @@ def run_cells(
             done, seconds = done + 1, seconds + time.monotonic() - began
             if pending := _pending(cells, store, failed):
                 left = timedelta(seconds=round(seconds / done * len(pending)))
-                _say(console, f"{len(pending)} cells left, about {left} if they take as long as those before")
+                say(console, f"{len(pending)} cells left, about {left} if they take as long as those before")
     if failed:
         raise CellsFailedError(failed)
 
@@ -297,5 +297,6 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Print a line about progress as it is, in one piece."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)

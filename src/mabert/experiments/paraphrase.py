@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mabert.data.recall import Language, RecallTask
 from mabert.data.rows import Rows
 from mabert.data.shards import Shards
 from mabert.data.tokenizer import load_tokenizer
-from mabert.experiments.cells import Cell
+from mabert.experiments.cells import Cell, say
 from mabert.experiments.scales import ParaphraseScale
 from mabert.experiments.sources import Sources
 from mabert.experiments.transpoints import TransPoints
@@ -160,19 +161,16 @@ class Paraphrase:
         tokenizer = load_tokenizer(checkpoint)
         set_seed(run.seed)
         model = load_model(AutoModelForCausalLM, checkpoint)
-
-        def say(line: str) -> None:
-            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
-
         state = folder / "training" / "state.pt"
-        done = train_recall(model, [task], run, say, language=self._language("train"), checkpoint=state)
+        done = train_recall(
+            model, [task], run, partial(say, self.console), language=self._language("train"), checkpoint=state
+        )
         publish(model, tokenizer, folder)
-        recent = done.losses[-RECENT:]
         return {
             "lessons": [asdict(lesson) for lesson in done.lessons],
             "taught": done.taught,
             "losses": done.losses[:: max(1, len(done.losses) // 50)],
-            "last_loss": sum(recent) / len(recent),
+            "last_loss": fmean(done.losses[-RECENT:]),
             "weights": digest(folder / SAFE_WEIGHTS_NAME),
         }
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from mabert.data.recall import PLACES, RecallTask
 from mabert.experiments.architectures import Vocabulary, encoder_parameters
 from mabert.experiments.causal_architectures import HYBRIDS, causal_architecture
-from mabert.experiments.cells import Cell
+from mabert.experiments.cells import Cell, say
 from mabert.experiments.scales import Scale
 from mabert.models.causal import MEMORIES
 from mabert.training.recall import EVALUATION_SEED, RecallRun, evaluate_recall, train_recall
@@ -74,11 +74,7 @@ class Recall:
         )
         set_seed(run.seed)
         model = AutoModelForCausalLM.from_config(config)
-
-        def say(line: str) -> None:
-            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-        training = train_recall(model, recall.tasks(kind), run, say, checkpoint=checkpoint)
+        training = train_recall(model, recall.tasks(kind), run, partial(say, self.console), checkpoint=checkpoint)
         return {
             "parameters": model.num_parameters(),
             "encoder_parameters": encoder_parameters(config),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -79,13 +80,14 @@ class RecallRun:
         Raises:
             ValueError: the vocabulary is too small for the facts of a lesson, or a row for a text that comes twice.
         """
-        vocab_size, most = task.vocab_size, 1 if task.kind == "passkey" else max(self.lessons, default=0)
-        return [
-            RecallTask.shortest(kind=task.kind, pairs=min(facts, most), vocab_size=vocab_size)
-            if facts
-            else CopyTask(length=self.copied, vocab_size=vocab_size)
-            for facts in self.lessons
-        ]
+
+        def lesson(facts: int) -> RecallTask | CopyTask:
+            if not facts:
+                return CopyTask(length=self.copied, vocab_size=task.vocab_size)
+            pairs = 1 if task.kind == "passkey" else facts
+            return RecallTask.shortest(kind=task.kind, pairs=pairs, vocab_size=task.vocab_size)
+
+        return [lesson(facts) for facts in self.lessons]
 
 
 @dataclass(frozen=True)
@@ -189,15 +191,11 @@ def _digest(model: PreTrainedModel) -> str:
     return whole.hexdigest()
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _learnt_after(losses: Sequence[float], guessed: float) -> int | None:
     """Steps until the mean of the last ones was low enough."""
     enough = min(LEARNT, guessed / 2 if guessed else math.inf)
     ends = range(RECENT, len(losses) + 1)
-    return next((end for end in ends if _mean(losses[end - RECENT : end]) < enough), None)
+    return next((end for end in ends if fmean(losses[end - RECENT : end]) < enough), None)
 
 
 class _Pupil:
@@ -215,15 +213,15 @@ class _Pupil:
         self.device, self.training = default_device(), RecallTraining()
         model.to(self.device).train()  # type: ignore[arg-type]
         self.optimizer = adamw(model, learning_rate=run.learning_rate, betas=BETAS, weight_decay=0.0)
-        whole = {
-            "run": asdict(run),
-            "tasks": [asdict(task) for task in tasks],
-            "model": model.config.to_diff_dict(),
-            "language": None if language is None else language.digest,
-            "weights": _digest(model),
-        }
-        self.identity = json.dumps(whole, sort_keys=True, default=str)
         if checkpoint is not None:
+            whole = {
+                "run": asdict(run),
+                "tasks": [asdict(task) for task in tasks],
+                "model": model.config.to_diff_dict(),
+                "language": None if language is None else language.digest,
+                "weights": _digest(model),
+            }
+            self.identity = json.dumps(whole, sort_keys=True, default=str)
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(checkpoint.parent, checkpoint.name)
             if checkpoint.exists():
@@ -236,7 +234,7 @@ class _Pupil:
         loss, pairs = done.lesson[-1], lesson.pairs if isinstance(lesson, RecallTask) else 0
         if (steps := len(done.lesson)) == self.run.lesson_steps[len(done.lessons)]:
             learnt = _learnt_after(done.lesson, lesson.guessing_loss)
-            done.lessons.append(Lesson(pairs, lesson.length, steps, _mean(done.lesson[-RECENT:]), learnt))
+            done.lessons.append(Lesson(pairs, lesson.length, steps, fmean(done.lesson[-RECENT:]), learnt))
             done.lesson = []
         return f"lesson of {pairs}" if pairs else "copying", loss
 

@@ -128,7 +128,7 @@ class _Kind:
         ssms, windows = {size["ssm"] for size in sizes}, {size["sliding_window"] for size in sizes}
         said = "" if ssms == {"mamba2"} else f"the SSM is {' or '.join(sorted(ssms))} in all of them; "
         if windows != {None}:
-            said += f"attention reaches {' or '.join(str(window or 'all') for window in windows)} tokens; "
+            said += f"attention reaches {' or '.join(sorted(str(window or 'all') for window in windows))} tokens; "
         return said
 
     def guessed(self, pairs: int, length: int) -> str:
