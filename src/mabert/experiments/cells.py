@@ -24,7 +24,7 @@ from rich.console import Console
 
 from mabert.experiments.stamp import stamp
 from mabert.files import atomic_write, lock
-from mabert.training.callbacks import TrainingInterruptedError
+from mabert.training.callbacks import TrainingInterruptedError, say
 
 WAIT_SECONDS = 2.0
 TIME_IS_UP = "the time is up"
@@ -295,8 +295,3 @@ def _stopping(max_minutes: float | None) -> Iterator[threading.Event]:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line about progress as it is, in one piece."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -25,12 +25,13 @@ from mabert.data.recall import Language, RecallTask
 from mabert.data.rows import Rows
 from mabert.data.shards import Shards
 from mabert.data.tokenizer import load_tokenizer
-from mabert.experiments.cells import Cell, say
+from mabert.experiments.cells import Cell
 from mabert.experiments.scales import ParaphraseScale
 from mabert.experiments.sources import Sources
 from mabert.experiments.transpoints import TransPoints
 from mabert.files import atomic_write, digest
 from mabert.inference.loading import load_model
+from mabert.training.callbacks import say
 from mabert.training.held_out import evaluate_held_out
 from mabert.training.pretrain import PretrainConfig, pretrain
 from mabert.training.recall import EVALUATION_SEED, RECENT, RecallRun, evaluate_recall, train_recall

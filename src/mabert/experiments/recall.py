@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from mabert.data.recall import PLACES, RecallTask
 from mabert.experiments.architectures import Vocabulary, encoder_parameters
 from mabert.experiments.causal_architectures import HYBRIDS, causal_architecture
-from mabert.experiments.cells import Cell, say
+from mabert.experiments.cells import Cell
 from mabert.experiments.scales import Scale
 from mabert.models.causal import MEMORIES
+from mabert.training.callbacks import say
 from mabert.training.recall import EVALUATION_SEED, RecallRun, evaluate_recall, train_recall
 
 SIZE = ("hidden_size", "num_attention_heads", "intermediate_size", "layers", "state_size", "ssm", "sliding_window")

@@ -170,6 +170,11 @@ def mean_over_processes(value: float, device: torch.device) -> float:
     return tensor.item() / dist.get_world_size()
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line about progress as it is, in one piece."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 class TrainingProgress:
     """Progress on a terminal as one bar over all steps, elsewhere as a line every `every` steps.
 
@@ -214,7 +219,7 @@ class TrainingProgress:
 
     def note(self, message: str) -> None:
         """Print a line above the bar."""
-        self._console.print(message, soft_wrap=True, highlight=False, markup=False)
+        say(self._console, message)
 
 
 class TokenisingProgress:
@@ -248,7 +253,7 @@ class TokenisingProgress:
         if self._bar.disable and (now := time.monotonic()) - self._reported >= SECONDS_BETWEEN_LINES:
             self._reported = now
             read = "" if fraction is None else f", {fraction:.0%} read"
-            self._console.print(f"{words}{read}", soft_wrap=True, highlight=False, markup=False)
+            say(self._console, f"{words}{read}")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers import (
 from mabert.files import atomic_write
 from mabert.inference.loading import load_config, load_model
 from mabert.training.batches import train_loader
-from mabert.training.callbacks import JsonLines, TrainingProgress, read_lines, without_progress_bars
+from mabert.training.callbacks import JsonLines, TrainingProgress, read_lines, say, without_progress_bars
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint, list_checkpoints
 from mabert.training.finetune_config import FinetuneConfig
 from mabert.training.finetune_plan import FinetunePlan, estimate_finetune, plan_finetune
@@ -84,7 +84,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Finet
     console = console or Console(stderr=True)
     if (config.output / METRICS).exists():
         config.check_resumes(config.output)
-        _say(console, [f"{config.output} is finished already."])
+        say(console, f"{config.output} is finished already.")
         return read_result(config.output)
     planned = plan_finetune(config)
     with claimed(config), without_progress_bars():
@@ -107,7 +107,8 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
     for name, split in {"train": data.train, **data.evaluation}.items():
         if split.truncated:
             lines.append(f"{name}: {split.truncated:,} of {len(split):,} rows are cut to {config.max_length} tokens")
-    _say(console, lines)
+    for line in lines:
+        say(console, line)
 
     set_seed(config.seed)
     model = _load_classifier(planned)
@@ -143,7 +144,8 @@ def _run(planned: FinetunePlan, console: Console) -> FinetuneResult:
     for leftover in [*list_checkpoints(config.output), *config.output.glob(BEST)]:
         shutil.rmtree(leftover)
     result = read_result(config.output)
-    _say(console, result.summary())
+    for line in result.summary():
+        say(console, line)
     return result
 
 
@@ -209,11 +211,6 @@ def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
     else:
         total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     return total / num_items_in_batch
-
-
-def _say(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _training_arguments(planned: FinetunePlan) -> TrainingArguments:

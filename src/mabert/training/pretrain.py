@@ -33,6 +33,7 @@ from mabert.training.callbacks import (
     TrainingInterruptedError,
     TrainingProgress,
     read_lines,
+    say,
     without_progress_bars,
 )
 from mabert.training.checkpoints import checkpoint_step, latest_complete_checkpoint
@@ -124,13 +125,13 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
             with TokenisingProgress(console) as report:
                 train_rows, held_out_rows = prepare_rows(config, tokenizer, report)
     if is_finished:
-        _say(console, f"{output} is finished already.")
+        say(console, f"{output} is finished already.")
         return _read_result(output)
 
     checkpoint, skipped = latest_complete_checkpoint(output)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     for line in [*skipped, f"going on from {checkpoint}"] if checkpoint else skipped:
-        _say(console, line)
+        say(console, line)
 
     set_seed(config.seed)
     init, objective = config.init_from, objective_of(planned.model)
@@ -166,10 +167,6 @@ def _run(planned: PretrainPlan, console: Console) -> PretrainResult:
         _write_result(planned, args)
     trainer.accelerator.wait_for_everyone()
     return _read_result(output)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 class PretrainTrainer(RunTrainer):
