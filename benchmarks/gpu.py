@@ -135,10 +135,10 @@ def conv_cell(batch: int, length: int, backwards: bool) -> dict[str, object]:
     return backward_alone(run(), [x, weight, bias])
 
 
-def backward_alone(y: Tensor, inputs: list[Tensor]) -> dict[str, object]:
+def backward_alone(y: Tensor, inputs: list[Tensor], *, seconds: float = 1.0) -> dict[str, object]:
     """Time of the gradients."""
     dy = torch.randn_like(y)
-    return milliseconds(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
+    return milliseconds(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True), seconds=seconds)
 
 
 def mamba_ssm_cell(batch: int, length: int, backwards: bool) -> dict[str, object]:

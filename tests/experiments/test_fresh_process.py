@@ -16,28 +16,30 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is watch
 MODULE = """
 import json, os, subprocess, sys, time
 
-request = json.loads(sys.argv[1])
-print("this line is not the answer")
-if "bytes" in request:
-    kept = []
-    while len(kept) * 2**22 < request["bytes"]:
-        kept.append(bytearray(b"1") * 2**22)
-if "sleep" in request:
-    child = subprocess.Popen(["sleep", str(request["sleep"])])
-    open(request["pids"], "w").write(f"{os.getpid()} {child.pid}")
-    time.sleep(request["sleep"])
-if "raise" in request:
-    raise RuntimeError(request["raise"])
-if "signal" in request:
-    os.kill(os.getpid(), request["signal"])
-print(json.dumps(request["answer"]))
+
+def main():
+    request = json.loads(sys.argv[1])
+    print("this line is not the answer")
+    if "bytes" in request:
+        kept = []
+        while len(kept) * 2**22 < request["bytes"]:
+            kept.append(bytearray(b"1") * 2**22)
+    if "sleep" in request:
+        child = subprocess.Popen(["sleep", str(request["sleep"])])
+        open(request["pids"], "w").write(f"{os.getpid()} {child.pid}")
+        time.sleep(request["sleep"])
+    if "raise" in request:
+        raise RuntimeError(request["raise"])
+    if "signal" in request:
+        os.kill(os.getpid(), request["signal"])
+    print(json.dumps(request["answer"]))
 """
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     (tmp_path / "planted_module.py").write_text(MODULE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
 
     def run(request, *, seconds=20.0, **limits):
         return in_fresh_process("planted_module", {"answer": {}} | request, seconds=seconds, **limits)
@@ -65,11 +67,11 @@ def test_an_answer_may_name_another_limit(run):
 
 
 def test_a_planted_allocation_is_out_of_memory_above_the_limit_only(run):
-    request = {"bytes": 200 * 2**20, "sleep": 0.3, "pids": os.devnull, "answer": {"fits": True}}
-    assert run(request, memory_bytes=400 * 2**20)["fits"]
-    answer = run(request | {"sleep": 20}, memory_bytes=100 * 2**20)
+    request = {"bytes": 600 * 2**20, "sleep": 0.3, "pids": os.devnull, "answer": {"fits": True}}
+    assert run(request, memory_bytes=1500 * 2**20)["fits"]
+    answer = run(request | {"sleep": 20}, memory_bytes=500 * 2**20)
     assert answer["out_of_memory"]
-    assert answer["memory_limit_bytes"] == 100 * 2**20
+    assert answer["memory_limit_bytes"] == 500 * 2**20
     assert "fits" not in answer
 
 

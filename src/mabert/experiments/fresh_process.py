@@ -1,28 +1,33 @@
 """Run one measurement in a process of its own, under a limit of memory and of time (Linux).
 
-Nothing that ran before can help or hinder it, and one that runs out of memory takes nothing else with it.
+Nothing that ran before can help or hinder it, and one that runs out of memory takes nothing else with it. The process
+is forked from one that has imported the module and has done nothing else, so that a start takes no seconds.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 WATCH_SECONDS = 0.05
 SHARE_OF_MEMORY = 0.9
 STATUS, CGROUP = Path("/proc/self/status"), Path("/sys/fs/cgroup")
+STARTER = multiprocessing.get_context("forkserver")
 
 
 def in_fresh_process(
     module: str, request: Mapping[str, Any], *, seconds: float, memory_bytes: int | None = None
 ) -> dict[str, Any]:
-    """What `python -m module` answers to a request: both are JSON, the answer is the last line that it prints.
+    """What `module.main()` answers to a request: it reads it from the command line as JSON, and the last line that it
+    prints is the answer, JSON as well.
 
     Args:
         seconds: it is ended after so long, its start included.
@@ -43,29 +48,40 @@ def in_fresh_process(
         "time_limit_seconds": seconds,
         "load_average_before": os.getloadavg()[0],
     }
-    command = [sys.executable, "-m", module, json.dumps(request)]
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        # A session of its own, so that what it starts (compilers) can be ended with it.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
-        )
+    text = json.dumps(request)
+    STARTER.set_forkserver_preload([__name__, module])  # heard by the first call only, which starts the one that forks
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        process = STARTER.Process(target=_answer, args=(module, text, output, errors))
+        process.start()
         try:
             verdict = _watch(process, limit, seconds)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            if process.is_alive():
+                _end(process)
         if verdict:
             return around | {verdict: True}
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{_how_it_ended(process.returncode)}:\n{_text(errors)}")
-        return around | json.loads(_text(output).splitlines()[-1])
+        if process.exitcode:
+            why = _how_it_ended(process.exitcode)
+            raise RuntimeError(f"{module} {text}\n{why}:\n{errors.read_text() if errors.exists() else ''}")
+        return around | json.loads(output.read_text().splitlines()[-1])
 
 
-def _watch(process: subprocess.Popen, limit: int, seconds: float) -> str | None:
+def _answer(module: str, request: str, output: Path, errors: Path) -> None:
+    """What the process does: as `python -m module request` in a session of its own, so that what it starts (compilers)
+    can be ended with it.
+    """
+    os.setsid()
+    for file, descriptor in ((os.devnull, 0), (output, 1), (errors, 2)):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
+    sys.argv = [module, request]
+    importlib.import_module(module).main()
+
+
+def _watch(process: ForkServerProcess, limit: int, seconds: float) -> str | None:
     """Wait for its end, or for the moment when it has to be ended."""
     end = time.monotonic() + seconds
-    while process.poll() is None:
+    while process.is_alive():
         if _resident_bytes(process.pid) > limit:
             return "out_of_memory"
         if time.monotonic() > end:
@@ -74,20 +90,27 @@ def _watch(process: subprocess.Popen, limit: int, seconds: float) -> str | None:
     return None
 
 
+def _end(process: ForkServerProcess) -> None:
+    """With all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no session of its own yet
+        process.kill()
+    process.join()
+
+
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was killed, probably by the system for want of memory: give it a lower limit"
     return f"ended with {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
 
 
-def _text(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read()
-
-
-def _resident_bytes(process: int) -> int:
-    """Of another process that has not been waited for; 0 once it has ended."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _resident_bytes(process: int | None) -> int:
+    """Of another process; 0 once it has ended."""
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def restart_peak() -> int:
