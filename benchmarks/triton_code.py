@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,22 @@ from mabert.ops.selective_scan import triton as scan
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STRIDES = ("x_row", "x_time", "delta_row", "delta_time", "z_row", "z_time", "B_row", "B_time", "C_row", "C_time")
 # Of the numbers that change from call to call nothing is known; strides and channels of a model are multiples of 16.
-INTEGERS = (*STRIDES, "inner", "length", "steps", "stretches", "width")
+INTEGERS = (*STRIDES, "inner", "length", "padded_length", "steps", "stretches", "width")
 BYTES, INDICES = ("mask",), ("sequence_of", "nearest")
 
 
 def kernels(state: int) -> list[tuple[Any, dict[str, object], dict[str, str]]]:
     """Every kernel with its constants and with what its pointers point to if not to float32, dense and packed."""
     rows = dict.fromkeys(("x", "delta", "z", "dy", "y", "dx", "ddelta", "dz", "weight", "bias"), "*bf16")
-    cut: dict[str, object] = {"N": state, "T": scan.TILE, "BLOCK": scan.CUT.block}
-    cut |= {"SOFTPLUS": True, "REVERSE": False}
-    by_tile = {"N": state, "PADDED_N": triton.next_power_of_2(state), "T": scan.TILE, "REVERSE": False, "mask": None}
+    padded = triton.next_power_of_2(state)
+    cut: dict[str, object] = {"N": state, "PADDED_N": padded, "T": scan.CUT.steps, "BLOCK": scan.CUT.block(state)}
+    cut |= {"SOFTPLUS": True, "REVERSE": False, "KEPT_EVERY": scan.CUT.kept_every}
+    back = {"T": scan.CUT.steps_back}
+    in_order = {"N": state, "PADDED_N": padded, "T": scan.CUT.kept_every, "REVERSE": False, "mask": None}
     taps = {"W": 4, "LEFT": 1, "SILU": True, "T": conv.TILE, "BLOCK": conv.BLOCK}
     per_scan = rows | {"bias": "*fp32"}
     several: list[tuple[Any, dict[str, object], dict[str, str]]] = [
-        (scan._by_tile, by_tile, {"B": "*bf16", "C": "*bf16"}),
+        (scan._in_scan_order, in_order, {"B": "*bf16", "C": "*bf16"}),
         (scan._carry_over, {"N": state, "BACKWARDS": False, "BLOCK": 128, "outside": None}, {}),
     ]
     plain = {"mask": None, "initial": None, "entering": None, "dfinal": None, "dinitial": None}
@@ -53,9 +56,9 @@ def kernels(state: int) -> list[tuple[Any, dict[str, object], dict[str, str]]]:
     for layout in (plain | {"sequence_of": None, "nearest": None}, plain, everything):
         several += [
             (scan._leave, cut | layout, per_scan),
-            (scan._read_out, cut | layout | {"KEEP": True}, per_scan),
+            (scan._read_out, cut | layout, per_scan),
             (scan._leave_backwards, cut | layout, per_scan),
-            (scan._gradients, cut | layout, per_scan),
+            (scan._gradients, cut | back | layout, per_scan),
             (conv._forward, taps | layout, rows),
             (conv._backward, taps | layout | {"TILES": conv.TILES}, rows),
         ]
@@ -80,12 +83,20 @@ def compiled(kernel: Any, constants: dict[str, object], pointers: dict[str, str]
             signature[name] = pointers.get(name, kind)
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, known, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps_of(kernel)})
+    options = {"num_warps": warps_of(kernel), **most_registers(kernel)}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def warps_of(kernel: Any) -> int:
-    """Of one program."""
-    return conv.WARPS if kernel.fn.__module__ == conv.__name__ else scan.CUT.warps
+    """Of one program, with up to 32 states."""
+    return conv.WARPS if kernel.fn.__module__ == conv.__name__ else 1
+
+
+def most_registers(kernel: Any) -> dict[str, int]:
+    """Of a thread, where the compiler is told."""
+    if kernel in (scan._read_out, scan._leave, scan._leave_backwards):
+        return {"maxnreg": scan.CUT.registers}
+    return {"maxnreg": scan.CUT.registers_back} if kernel is scan._gradients else {}
 
 
 def loops(cubin: bytes) -> list[Counter[str]]:
@@ -177,7 +188,7 @@ def main() -> None:
             "stamp": stamp(),
             "triton": triton.__version__,
             "arch": arguments.arch,
-            "steps": scan.TILE,
+            "cut": asdict(scan.CUT),
             "rows": rows,
         }
         with atomic_write(arguments.output, "w") as file:

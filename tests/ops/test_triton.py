@@ -251,7 +251,7 @@ def test_more_rows_than_a_grid_has_programs_for_are_refused():
         depthwise_conv(x, torch.zeros(1, 4), backend="triton")
 
 
-def test_every_kernel_compiles_for_a_gpu_and_keeps_a_tile_in_one_thread():
+def test_every_kernel_compiles_for_a_gpu_and_keeps_a_channel_in_one_thread():
     """The interpreter is more patient than the compiler, and says nothing about registers and shared memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
@@ -264,13 +264,15 @@ def test_every_kernel_compiles_for_a_gpu_and_keeps_a_tile_in_one_thread():
     assert {k["kernel"] for k in kernels} >= {"_read_out", "_gradients", "_leave", "_leave_backwards"}
     for kernel in kernels:
         # neither the recurrence nor the readout crosses threads: nothing is exchanged but the flags of a tile, and in
-        # the backward the sums over channels, 16 times for B and for C
-        if kernel["kernel"] != "_by_tile":
-            assert kernel["shuffles"] <= (40 if kernel["kernel"] == "_gradients" else 8), kernel
+        # the backward the sums over channels, 16 times for B and for C at each of two steps
+        if kernel["kernel"] != "_in_scan_order":
+            assert kernel["shuffles"] <= (72 if kernel["kernel"] == "_gradients" else 8), kernel
             assert kernel["shared_bytes"] == 0, kernel
 
 
 GPU = torch.device("cuda")
+# Of 2^x, relative: PTX's ex2.approx, which its manual gives as 2^-22.5.
+HARDWARE_ERROR = 2**-22.5
 
 
 @pytest.mark.gpu
@@ -291,7 +293,7 @@ def test_gpu_scan(layout, reverse, dtype):
     inputs = inputs_for(layout, inner=50, state=16, dtype=dtype)
     options = {name: value for name, value in layout.items() if name != "length"} | {"reverse": reverse}
     actual = outputs_and_gradients(to_device(inputs, GPU), backend="triton", **to_device(options, GPU))
-    assert_within_twice_the_error_of_the_reference(inputs, actual, **options)
+    assert_within_twice_the_error_of_the_reference(inputs, actual, exponential_error=HARDWARE_ERROR, **options)
 
 
 @pytest.mark.gpu
@@ -303,7 +305,7 @@ def test_gpu_scan_without_optional_inputs(boundaries, absent):
     inputs |= dict.fromkeys(absent)
     options = {"cu_seqlens": cu_seqlens}
     actual = outputs_and_gradients(to_device(inputs, GPU), backend="triton", **to_device(options, GPU))
-    assert_within_twice_the_error_of_the_reference(inputs, actual, **options)
+    assert_within_twice_the_error_of_the_reference(inputs, actual, exponential_error=HARDWARE_ERROR, **options)
 
 
 @pytest.mark.gpu
@@ -331,7 +333,7 @@ def test_gpu_a_million_packed_tokens():
 def test_gpu_scan_sizes_and_large_steps(inner, step_scale, state):
     inputs = make_inputs(2, 200, inner, state, dtype=torch.float32, step_scale=step_scale)
     actual = outputs_and_gradients(to_device(inputs, GPU), backend="triton")
-    assert_within_twice_the_error_of_the_reference(inputs, actual)
+    assert_within_twice_the_error_of_the_reference(inputs, actual, exponential_error=HARDWARE_ERROR)
 
 
 @pytest.mark.gpu

@@ -1,15 +1,16 @@
 """The selective scan on a GPU in Triton; docs/kernels.md says why it is built like this.
 
-A program owns a block of channels of a stretch of one row and walks it in tiles of a few steps. A thread holds all
-steps of its channels in a tile, so that neither the recurrence nor the readout crosses threads; the N states are taken
-one after the other and rest in memory between tiles. Where rows are too few to fill the device, each is cut into
-stretches: one kernel finds what a stretch makes of a zero state and how much of an entering one it lets through, a
-second one carries states from stretch to stretch, the third one does the work. Nothing of size B·L·E·N is ever stored.
+A program owns a block of channels of a stretch of one row and walks it step by step. A thread holds all N states of its
+channel in registers, so that neither the recurrence nor the readout crosses threads, and the states of a step do not
+wait for each other. Where rows are too few to fill the device, each is cut into stretches: one kernel finds what a
+stretch makes of a zero state and how much of an entering one it lets through, a second one carries states from stretch
+to stretch, the third one does the work. Nothing of size B·L·E·N is ever stored.
 
 Time runs in scan order: step p is token p, or token L-1-p when the scan is reversed. A row of packed sequences starts
 anew where a token's sequence is not that of the step before.
 
-Shape suffixes: B batch, L length, S sequences, E inner, N state, K stretches of a row, T steps of a tile.
+Shapes: B batch, L length, S sequences, E inner, N state (in kernels, up to the next power of two), K stretches of a
+row, T steps of a tile, which are loaded at once.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mabert.ops.gpu import INTERPRETED, check_input, on_device_of_first, rows, sequence_of
 from mabert.ops.native import like
-from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY as TILE
+from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY
 from mabert.ops.triton_math import LOG2_E, channels, sigmoid
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,25 +33,59 @@ class Cut:
     """How the work is cut.
 
     Attributes:
-        block: channels of a program.
-        warps: of a program.
+        channels: of a warp, one a thread.
+        steps: of a tile of the forward.
+        steps_back: of a tile of the backward, which holds the states of all its steps in registers.
+        kept_every: steps between two states that the forward keeps; the others divide it.
         programs: rows are cut into stretches while there are fewer.
         shortest: steps of a stretch at least.
+        registers: of a thread at most; with fewer, more threads run at once, and some values go to memory.
+        registers_back: the same in the backward.
     """
 
-    block: int
-    warps: int
+    channels: int
+    steps: int
+    steps_back: int
+    kept_every: int
     programs: int
     shortest: int
+    registers: int
+    registers_back: int
 
-    def stretch(self, batch: int, length: int, inner: int) -> int:
-        """Steps of a stretch, a multiple of TILE; all of a row where there are programs enough."""
-        per_row = max(1, self.programs // max(1, batch * triton.cdiv(inner, self.block)))
-        return triton.cdiv(max(self.shortest, triton.cdiv(length, per_row)), TILE) * TILE
+    def block(self, state: int) -> int:
+        """Channels of a program: sums over them go to N threads."""
+        return max(self.channels, triton.next_power_of_2(state))
+
+    def stretch(self, batch: int, length: int, blocks: int) -> int:
+        """Steps of a stretch, a multiple of those between kept states; all of a row where there are programs enough."""
+        per_row = max(1, self.programs // max(1, batch * blocks))
+        return triton.cdiv(max(self.shortest, triton.cdiv(length, per_row)), self.kept_every) * self.kept_every
 
 
-# Chosen by what the compiler makes of it, not measured yet. In the interpreter: more than one of everything.
-CUT = Cut(block=8, warps=1, programs=2**20, shortest=16) if INTERPRETED else Cut(32, 1, 2048, 128)
+# In the interpreter: more than one of everything.
+CUT = (
+    Cut(
+        8,
+        steps=2,
+        steps_back=2,
+        kept_every=TRITON_KEPT_EVERY,
+        programs=2**20,
+        shortest=16,
+        registers=0,
+        registers_back=0,
+    )
+    if INTERPRETED
+    else Cut(
+        32,
+        steps=8,
+        steps_back=2,
+        kept_every=TRITON_KEPT_EVERY,
+        programs=2048,
+        shortest=64,
+        registers=128,
+        registers_back=128,
+    )
+)
 
 
 @on_device_of_first
@@ -67,8 +102,13 @@ def forward(
     kept = x.new_empty(kept_rows, *A.shape, dtype=torch.float32)
     if x.numel():
         entering = scan.carried(_leave, (), scan.initial, backwards=False)
-        states = kept if kept_rows else scan.per_stretch()
-        scan.launch(_read_out, (entering, states, y, final), KEEP=kept_rows > 0)
+        scan.launch(
+            _read_out,
+            (entering, kept if kept_rows else None, y, final),
+            T=CUT.steps,
+            KEPT_EVERY=CUT.kept_every,
+            maxnreg=CUT.registers,
+        )
     return y, final.mT, kept
 
 
@@ -86,18 +126,24 @@ def backward(
     dinitial = None
     if scan.initial is not None:
         dinitial = torch.zeros_like(scan.initial) if dfinal is None else dfinal.clone()
-    blocks = triton.cdiv(scan.inner, CUT.block)
-    dB_part, dC_part = (scan.new_empty(blocks, *scan.B.shape) for _ in range(2))
-    dA_part = scan.per_stretch().zero_()
+    dB_part, dC_part = (scan.new_empty(scan.blocks, *scan.B.shape) for _ in range(2))
+    dA_part = scan.per_stretch()
     dD_part, dbias_part = (scan.new_empty(scan.batch, scan.stretches, scan.inner) for _ in range(2))
     if x.numel():
         entering = scan.carried(_leave_backwards, (dy, dfinal), dfinal, backwards=True)
         outputs = (dx, ddelta, dz, dB_part, dC_part, dA_part, dD_part, dbias_part, dinitial)
-        scan.launch(_gradients, (dy, dfinal, entering, kept, scan.per_stretch(), *outputs))
+        between = scan.new_empty(CUT.kept_every // CUT.steps_back, *dA_part.shape)
+        scan.launch(
+            _gradients,
+            (dy, dfinal, entering, kept, between, *outputs),
+            T=CUT.steps_back,
+            KEPT_EVERY=CUT.kept_every,
+            maxnreg=CUT.registers_back,
+        )
     return [
         dx,
         ddelta,
-        dA_part.sum((0, 1)).T.contiguous(),
+        dA_part.sum((0, 1)).T.contiguous() if x.numel() else torch.zeros_like(A),
         scan.per_token(dB_part.sum(0), B),
         scan.per_token(dC_part.sum(0), C),
         dD_part.sum((0, 1)) if D is not None else nothing[2],
@@ -122,15 +168,17 @@ class _Scan:
         self.reverse, self.cu_seqlens, self.device = reverse, cu_seqlens, x.device
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.initial = None if initial_state is None else initial_state.mT.contiguous()
-        self.stretch = CUT.stretch(*x.shape)
+        padded_state, block = triton.next_power_of_2(self.state), CUT.block(self.state)
+        self.blocks = triton.cdiv(self.inner, block)
+        self.stretch = CUT.stretch(self.batch, self.length, self.blocks)
         self.stretches = triton.cdiv(self.length, self.stretch)
-        self.tiles = triton.cdiv(self.length, TILE)
         mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        self.B, self.C = (self.new_empty(self.batch, self.tiles, self.state, TILE) for _ in range(2))
+        steps = triton.cdiv(self.length, CUT.kept_every) * CUT.kept_every
+        self.B, self.C = self.new_empty(2, self.batch, steps, padded_state)
         if x.numel():
-            _by_tile[(self.tiles, self.batch)](
-                *rows("B", B, x), *rows("C", C, x), mask, self.B, self.C, self.length,
-                N=self.state, PADDED_N=triton.next_power_of_2(self.state), T=TILE, REVERSE=reverse, num_warps=1,
+            _in_scan_order[(steps // CUT.kept_every, self.batch)](
+                *rows("B", B, x), *rows("C", C, x), mask, self.B, self.C, self.length, steps,
+                N=self.state, PADDED_N=padded_state, T=CUT.kept_every, REVERSE=reverse, num_warps=1,
             )  # fmt: skip
         self.inputs = (
             *rows("x", x, x),
@@ -147,14 +195,15 @@ class _Scan:
             self.length,
             self.inner,
             self.stretch,
+            steps,
         )
         self.constants = {
             "N": self.state,
-            "T": TILE,
-            "BLOCK": CUT.block,
+            "PADDED_N": padded_state,
+            "BLOCK": block,
             "SOFTPLUS": softplus,
             "REVERSE": reverse,
-            "num_warps": CUT.warps,
+            "num_warps": max(1, block // 32),
         }
 
     def new_empty(self, *shape: int) -> Tensor:
@@ -165,14 +214,14 @@ class _Scan:
         """Uninitialised (B, K, N, E) floats."""
         return self.new_empty(self.batch, self.stretches, self.state, self.inner)
 
-    def per_token(self, by_tile: Tensor, like: Tensor) -> Tensor:
-        """The way of `_by_tile` back: (B, L/T, N, T) to (B, L, N)."""
-        tokens = by_tile.transpose(2, 3).reshape(self.batch, self.tiles * TILE, self.state)[:, : self.length]
+    def per_token(self, in_scan_order: Tensor, like: Tensor) -> Tensor:
+        """The way of `_in_scan_order` back: to (B, L, N)."""
+        tokens = in_scan_order[:, : self.length, : self.state]
         return (tokens.flip(1) if self.reverse else tokens).to(like.dtype).contiguous()
 
     def launch(self, kernel, arguments: tuple, **constants: object) -> None:
         """Run a kernel for every block of channels of every stretch."""
-        grid = (triton.cdiv(self.inner, CUT.block), self.stretches, self.batch)
+        grid = (self.blocks, self.stretches, self.batch)
         kernel[grid](*self.inputs, *arguments, **self.constants, **constants)
 
     def carried(self, kernel, arguments: tuple, outside: Tensor | None, *, backwards: bool) -> Tensor | None:
@@ -181,7 +230,8 @@ class _Scan:
             return None
         local, through = self.per_stretch(), self.per_stretch()
         packed = self.cu_seqlens is not None
-        self.launch(kernel, (*arguments, self._nearest_starts(backwards) if packed else None, local, through))
+        nearest = self._nearest_starts(backwards) if packed else None
+        self.launch(kernel, (*arguments, nearest, local, through), T=CUT.steps, maxnreg=CUT.registers)
         _carry_over[(triton.cdiv(self.state * self.inner, 128), self.batch)](
             local, through, None if packed else outside, self.stretches, self.state * self.inner,
             BACKWARDS=backwards, BLOCK=128,
@@ -214,74 +264,92 @@ def _row(tile, t: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _unless_start(value, goes_on, t: tl.constexpr, T: tl.constexpr):
-    """The value, or zero where a sequence starts at step t: a product would let the NaN of another sequence through."""
+def _states_of_step(states, t: tl.constexpr, T: tl.constexpr):
+    """(N, E) of (T, N, E); no instruction either."""
+    bits = tl.where(tl.arange(0, T)[:, None, None] == t, states.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unless_start(states, goes_on, t: tl.constexpr, T: tl.constexpr):
+    """The states, or zero where a sequence starts at step t: a product would let another sequence's NaN through."""
     if goes_on is not None:
-        value = (value.to(tl.int32, bitcast=True) & _bits_of_row(goes_on, t, T)).to(tl.float32, bitcast=True)
-    return value
+        states = (states.to(tl.int32, bitcast=True) & _bits_of_row(goes_on, t, T)).to(tl.float32, bitcast=True)
+    return states
 
 
 @triton.jit
-def _states(decay, added, state, goes_on, T: tl.constexpr):
-    """The recurrence over a tile: states before and after each step (T, E), and after the last one (1, E)."""
-    step = tl.arange(0, T)[:, None]
-    before = tl.zeros_like(decay)
-    after = tl.zeros_like(decay)
+def _found(
+    states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner,
+    t: tl.constexpr, T: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The states that step t finds: those left behind, and where a sequence starts the ones it was given."""
+    states = _unless_start(states, goes_on, t, T)
+    if sequence_of is not None:
+        if initial is not None:
+            if some_start:
+                sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
+                starts = (sequence >= 0) & (sequence != _sequence_at(tile + t - 1, length, sequence_of, REVERSE))
+                at = initial + sequence.to(tl.int64) * N * inner + place
+                states += tl.load(at, mask=real_state & starts, other=0.0)
+    return states
+
+
+@triton.jit
+def _advanced(
+    states, step_size, drive, a, B_tile, goes_on, some_start, initial, place, real_state, sequence_of, tile, length,
+    inner, T: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The states after a tile (N, E): Eq. 7 at each of its steps."""
     for t in tl.static_range(T):
-        state = _unless_start(state, goes_on, t, T)
-        before = tl.where(step == t, state, before)
-        state = _row(decay, t, T) * state + _row(added, t, T)
-        after = tl.where(step == t, state, after)
-    return before, after, state
+        states = _found(
+            states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner, t, T, N, REVERSE
+        )
+        states = _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
+    return states
 
 
 @triton.jit
-def _state_gradients(decay, direct, carry, goes_on, T: tl.constexpr):
-    """The recurrence backwards: gradients of the states after each step (T, E), and of that before the first (1, E)."""
-    step = tl.arange(0, T)[:, None]
-    gradient = tl.zeros_like(decay)
-    for i in tl.static_range(T):
-        carry += _row(direct, T - 1 - i, T)
-        gradient = tl.where(step == T - 1 - i, carry, gradient)
-        carry = _unless_start(_row(decay, T - 1 - i, T) * carry, goes_on, T - 1 - i, T)
-    return gradient, carry
+def _decay(step_size, a, t: tl.constexpr, T: tl.constexpr):
+    """exp(Δ A) at step t (N, E), from A log₂e."""
+    return tl.exp2(_row(step_size, t, T) * a)
 
 
 @triton.jit
-def _fold(tile, bit: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """(T, E) to (T/2, E): channels with the given bit take the rows of the second half, the others those of the first;
+def _fold(tile, bit: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """(N, E) to (N/2, E): channels with the given bit take the rows of the second half, the others those of the first;
     each adds what its neighbour across that bit has of the same rows.
     """
-    first, second = tl.split(tl.permute(tl.reshape(tile, [2, T // 2, BLOCK]), [1, 2, 0]))
-    channel = tl.arange(0, BLOCK)[None, :] + tl.zeros([T // 2, BLOCK], tl.int32)
+    first, second = tl.split(tl.permute(tl.reshape(tile, [2, N // 2, BLOCK]), [1, 2, 0]))
+    channel = tl.arange(0, BLOCK)[None, :] + tl.zeros([N // 2, BLOCK], tl.int32)
     upper = (channel & bit) != 0
     return tl.where(upper, second, first) + tl.gather(tl.where(upper, first, second), channel ^ bit, 1)
 
 
 @triton.jit
-def _sum_over_channels(tile, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of the rows of a (T, E) tile, one in each of the first T channels (1, E), in the order of `_row_in_channel`.
+def _sum_over_channels(tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the rows of an (N, E) tile, one in each of the first N channels (1, E), as `_row_in_channel` says.
 
-    Half of the rows go to a neighbour at every step: T exchanges between threads instead of five a row.
+    Half of the rows go to a neighbour at every step: N exchanges between threads instead of five a row.
     """
     for i in tl.static_range(10):
-        if (T >> i) > 1:
-            tile = _fold(tile, 1 << i, T >> i, BLOCK)
+        if (N >> i) > 1:
+            tile = _fold(tile, 1 << i, N >> i, BLOCK)
     for i in tl.static_range(10):
-        if (T << i) < BLOCK:
+        if (N << i) < BLOCK:
             channel = tl.arange(0, BLOCK)[None, :]
-            tile += tl.gather(tile, channel ^ (T << i), 1)
+            tile += tl.gather(tile, channel ^ (N << i), 1)
     return tile
 
 
 @triton.jit
-def _row_in_channel(T: tl.constexpr, BLOCK: tl.constexpr):
+def _row_in_channel(N: tl.constexpr, BLOCK: tl.constexpr):
     """Which row's sum a channel holds (1, E): the low bits of its number, the lowest one counting most."""
     channel = tl.arange(0, BLOCK)[None, :]
     row = tl.zeros_like(channel)
     for i in tl.static_range(10):
-        if (T >> i) > 1:
-            row += ((channel >> i) & 1) * (T >> (i + 1))
+        if (N >> i) > 1:
+            row += ((channel >> i) & 1) * (N >> (i + 1))
     return row
 
 
@@ -299,16 +367,10 @@ def _steps(tile, row, length, mask, T: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _borders(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
-    """The sequence of each step of a tile of a packed row, and whether it starts or ends there (T, 1)."""
-    step = tile + tl.arange(0, T)[:, None]
+def _sequence_at(step, length, sequence_of, REVERSE: tl.constexpr):
+    """The sequence of one step or of several; -1 before the row and after it."""
     token = length - 1 - step if REVERSE else step
-    back = 1 if REVERSE else -1
-    inside = step < length
-    sequence = tl.load(sequence_of + token, mask=inside, other=-1)
-    start = inside & (sequence != tl.load(sequence_of + token + back, mask=inside & (step > 0), other=-1))
-    end = inside & (sequence != tl.load(sequence_of + token - back, mask=step < length - 1, other=-1))
-    return sequence.to(tl.int64), start, end
+    return tl.load(sequence_of + token, mask=(step >= 0) & (step < length), other=-1)
 
 
 @triton.jit
@@ -317,9 +379,12 @@ def _any(flags):
 
 
 @triton.jit
-def _summary_of_borders(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
+def _borders(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
     """All bits where a step goes on with a sequence, none where one starts (T, 1); whether some start, some end."""
-    sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
+    step = tile + tl.arange(0, T)[:, None]
+    here = _sequence_at(step, length, sequence_of, REVERSE)
+    start = (here >= 0) & (here != _sequence_at(step - 1, length, sequence_of, REVERSE))
+    end = (here >= 0) & (here != _sequence_at(step + 1, length, sequence_of, REVERSE))
     return tl.where(start, 0, -1), _any(start), _any(end)
 
 
@@ -358,69 +423,47 @@ def _step_size(delta, delta_row, delta_time, bias, row, first, away, e, mask, SO
 
 
 @triton.jit
-def _at_state(tiles, row, tile, n, length, N: tl.constexpr, T: tl.constexpr):
-    """Where the values of state n in a tile begin in what `_by_tile` wrote."""
-    return tiles + ((row * tl.cdiv(length, T) + tile // T) * N + n) * T
+def _of_step(tile, t, PADDED_N: tl.constexpr):
+    """B or C at a step of a tile (N, 1), from where the tile begins in what `_in_scan_order` wrote."""
+    return tl.load(tile + t * PADDED_N + tl.arange(0, PADDED_N)[:, None])
 
 
-@triton.jit
-def _of_state(tiles, row, tile, n, length, N: tl.constexpr, T: tl.constexpr):
-    """The values of state n in a tile (T, 1), from what `_by_tile` wrote."""
-    return tl.load(_at_state(tiles, row, tile, n, length, N, T) + tl.arange(0, T)[:, None])
-
-
-@triton.jit(do_not_specialize=["length"])
-def _by_tile(
-    B, B_row, B_time, C, C_row, C_time, mask, B_out, C_out, length,
+@triton.jit(do_not_specialize=["length", "padded_length"])
+def _in_scan_order(
+    B, B_row, B_time, C, C_row, C_time, mask, B_out, C_out, length, padded_length,
     N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """B and C in float32 and scan order as (B, L/T, N, T), zero at pads: a thread then reads a state's values of a tile
-    from one address.
-    """
+    """B and C in float32 and scan order, zero at pads and beyond the end, N filled up with zeros to a power of two."""
     tile = tl.program_id(0) * T
     row = tl.program_id(1).to(tl.int64)
     first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
     n = tl.arange(0, PADDED_N)[None, :]
-    to = _at_state(0, row, tile, n, length, N, T) + tl.arange(0, T)[:, None]
-    some = n < N
-    tl.store(B_out + to, _tile(B, B_row, B_time, row, first, away, n, real & some), mask=some)
-    tl.store(C_out + to, _tile(C, C_row, C_time, row, first, away, n, real & some), mask=some)
+    to = (row * padded_length + tile + tl.arange(0, T)[:, None]) * PADDED_N + n
+    tl.store(B_out + to, _tile(B, B_row, B_time, row, first, away, n, real & (n < N)))
+    tl.store(C_out + to, _tile(C, C_row, C_time, row, first, away, n, real & (n < N)))
 
 
 @triton.jit
-def _from_outside(states, sequence, e, n, inner, mask, N: tl.constexpr):
-    """State n of sequences, from (S, N, E)."""
-    return tl.load(states + (sequence * N + n) * inner + e, mask=mask, other=0.0)
-
-
-@triton.jit
-def _clear(states, inner, some, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero in every state of a program's channels."""
-    for n in range(N):
-        tl.store(states + n * inner, tl.zeros([1, BLOCK], tl.float32), mask=some)
-
-
-@triton.jit
-def _store_let_through(through, total, alive, A, e, inner, some, N: tl.constexpr):
+def _store_let_through(through, total, alive, a, mask):
     """How much of each state passes steps that sum up to `total`; nothing where a sequence starts among them."""
-    for n in range(N):
-        a = tl.load(A + n * inner + e, mask=some, other=0.0)
-        tl.store(through + n * inner, tl.where(alive, tl.exp2(total * a), 0.0), mask=some)
+    tl.store(through, tl.where(alive, tl.exp2(total * a), 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "steps"])
+@triton.jit(do_not_specialize=["length", "steps", "padded_length"])
 def _leave(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
     nearest, local, through,
-    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a stretch makes of a zero state, and how much of an entering state it lets through."""
     e = channels(tl.program_id(0), BLOCK)
+    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some = e < inner
-    out = (row * tl.num_programs(1) + stretch) * N * inner + e
+    some, place = e < inner, n * inner + e
+    real_state = some & (n < N)
+    a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     from_tile = begin
     alive = True
@@ -428,29 +471,24 @@ def _leave(
         started = tl.load(nearest + stretch)
         alive = started < begin
         from_tile = tl.maximum(begin, started // T * T)
-    _clear(local + out, inner, some, N, BLOCK)
     total = tl.zeros([1, BLOCK], tl.float32)
+    states = tl.zeros([PADDED_N, BLOCK], tl.float32)
     for tile in range(from_tile, tl.minimum(begin + steps, length), T):
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
         drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
         total += tl.sum(step_size, axis=0, keep_dims=True)
         goes_on = None
+        some_start = False
         if sequence_of is not None:
-            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
-        for n in range(N):
-            a = tl.load(A + n * inner + e, mask=some, other=0.0)
-            kept = tl.exp2(step_size * a)
-            added = drive * _of_state(B, row, tile, n, length, N, T)
-            if sequence_of is not None:
-                if initial is not None:
-                    if some_start:
-                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                        added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
-            state = tl.load(local + out + n * inner, mask=some, other=0.0)
-            before, after, state = _states(kept, added, state, goes_on, T)
-            tl.store(local + out + n * inner, state, mask=some)
-    _store_let_through(through + out, total, alive, A, e, inner, some, N)
+            goes_on, some_start, some_end = _borders(tile, length, sequence_of, T, REVERSE)
+        states = _advanced(
+            states, step_size, drive, a, B + (row * padded_length + tile) * PADDED_N, goes_on, some_start,
+            initial, place, real_state, sequence_of, tile, length, inner, T, N, PADDED_N, REVERSE,
+        )  # fmt: skip
+    out = (row * tl.num_programs(1) + stretch) * N * inner + place
+    tl.store(local + out, states, mask=real_state)
+    _store_let_through(through + out, total, alive, a, real_state)
 
 
 @triton.jit(do_not_specialize=["stretches"])
@@ -471,71 +509,69 @@ def _carry_over(local, through, outside, stretches, width, BACKWARDS: tl.constex
         carry = tl.where(factor == 0.0, 0.0, factor * carry) + leaving
 
 
-@triton.jit(do_not_specialize=["length", "steps"])
+@triton.jit(do_not_specialize=["length", "steps", "padded_length"])
 def _read_out(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
-    entering, states, y, final,
-    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
+    entering, kept, y, final,
+    N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, KEPT_EVERY: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 8 and the gate of Eq. 9 over a stretch; keeps the state before every tile, or the last one only."""
+    """Eq. 8 and the gate of Eq. 9 over a stretch; keeps a state every few steps where there is room for them."""
     e = channels(tl.program_id(0), BLOCK)
+    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some = e < inner
-    place = row * tl.num_programs(1) + stretch
+    some, place = e < inner, n * inner + e
+    real_state = some & (n < N)
+    a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     stop = tl.minimum(begin + steps, length)
-    if KEEP:
-        slot = states + (row * tl.cdiv(length, T) + begin // T) * N * inner + e
-        forth = N * inner
-    else:
-        slot = states + place * N * inner + e
-        forth = 0
-    for n in range(N):
-        state = tl.zeros([1, BLOCK], tl.float32)
-        if entering is not None:
-            state = tl.load(entering + (place * N + n) * inner + e, mask=some, other=0.0)
-        elif initial is not None:
-            if sequence_of is None:
-                state = _from_outside(initial, row, e, n, inner, some, N)
-        tl.store(slot + n * inner, state, mask=some)
+    states = tl.zeros([PADDED_N, BLOCK], tl.float32)
+    if entering is not None:
+        entered = entering + (row * tl.num_programs(1) + stretch) * N * inner
+        states = tl.load(entered + place, mask=real_state, other=0.0)
+    elif initial is not None:
+        if sequence_of is None:
+            states = tl.load(initial + row * N * inner + place, mask=real_state, other=0.0)
     for tile in range(begin, stop, T):
+        if kept is not None:
+            if tile % KEPT_EVERY == 0:
+                slot = kept + (row * (padded_length // KEPT_EVERY) + tile // KEPT_EVERY) * N * inner
+                tl.store(slot + place, states, mask=real_state)
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+        values = _tile(x, x_row, x_time, row, first, away, e, real & some)
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
-        drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
+        drive = step_size * values
+        B_tile = B + (row * padded_length + tile) * PADDED_N
+        C_tile = C + (row * padded_length + tile) * PADDED_N
         goes_on = None
+        some_start = False
         if sequence_of is not None:
-            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
+            goes_on, some_start, some_end = _borders(tile, length, sequence_of, T, REVERSE)
         out = tl.zeros([T, BLOCK], tl.float32)
-        for n in range(N):
-            a = tl.load(A + n * inner + e, mask=some, other=0.0)
-            kept = tl.exp2(step_size * a)
-            added = drive * _of_state(B, row, tile, n, length, N, T)
-            if sequence_of is not None:
-                if initial is not None:
-                    if some_start:
-                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                        added += kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
-            state = tl.load(slot + n * inner, mask=some, other=0.0)
-            before, after, state = _states(kept, added, state, goes_on, T)
-            out += after * _of_state(C, row, tile, n, length, N, T)
-            tl.store(slot + forth + n * inner, state, mask=some & (tile + T < stop))
-            if sequence_of is None:
-                if tile + T >= length:
-                    tl.store(final + (row * N + n) * inner + e, state, mask=some)
-            else:
-                if some_end:
-                    sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                    tl.store(final + (sequence * N + n) * inner + e, after, mask=end & some)
         if D is not None:
-            out += tl.load(D + e, mask=some, other=0.0) * _tile(x, x_row, x_time, row, first, away, e, real & some)
+            out = tl.load(D + e, mask=some, other=0.0) * values
+        for t in tl.static_range(T):
+            states = _found(
+                states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner,
+                t, T, N, REVERSE,
+            )  # fmt: skip
+            states = _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
+            read = tl.sum(states * _of_step(C_tile, t, PADDED_N), axis=0, keep_dims=True)
+            out = tl.where(tl.arange(0, T)[:, None] == t, out + read, out)
+            if sequence_of is not None:
+                if some_end:
+                    sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
+                    ends = (sequence >= 0) & (sequence != _sequence_at(tile + t + 1, length, sequence_of, REVERSE))
+                    tl.store(final + sequence.to(tl.int64) * N * inner + place, states, mask=real_state & ends)
         if z is not None:
             gate = _tile(z, z_row, z_time, row, first, away, e, real & some)
             out *= gate * sigmoid(gate)
         at = y + (row * length + first) * inner + away * inner + e
         tl.store(at, tl.where(real, out, 0.0).to(y.dtype.element_ty), mask=inside & some)
-        slot += forth
+    if sequence_of is None:
+        if stop == length:
+            tl.store(final + row * N * inner + place, states, mask=real_state)
 
 
 @triton.jit
@@ -549,33 +585,37 @@ def _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, 
 
 
 @triton.jit
-def _direct_gradient(
-    ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some,
-    N: tl.constexpr, T: tl.constexpr, REVERSE: tl.constexpr,
+def _gradient_after(
+    carry, ungated, C_step, dfinal, some_end, place, real_state, sequence_of, tile, length, inner,
+    t: tl.constexpr, T: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of state n after each step through what is read from it there (T, E)."""
-    direct = ungated * C_tile
+    """The gradient of the states after step t (N, E): through later steps, through what is read, through the result."""
+    carry += _row(ungated, t, T) * C_step
     if sequence_of is not None:
         if dfinal is not None:
             if some_end:
-                sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                direct += _from_outside(dfinal, sequence, e, n, inner, end & some, N)
-    return direct
+                sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
+                ends = (sequence >= 0) & (sequence != _sequence_at(tile + t + 1, length, sequence_of, REVERSE))
+                at = dfinal + sequence.to(tl.int64) * N * inner + place
+                carry += tl.load(at, mask=real_state & ends, other=0.0)
+    return carry
 
 
-@triton.jit(do_not_specialize=["length", "steps"])
+@triton.jit(do_not_specialize=["length", "steps", "padded_length"])
 def _leave_backwards(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
     dy, dfinal, nearest, local, through,
-    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The same as `_leave` for gradients of the state, which enter a stretch at its end."""
     e = channels(tl.program_id(0), BLOCK)
+    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some = e < inner
-    out = (row * tl.num_programs(1) + stretch) * N * inner + e
+    some, place = e < inner, n * inner + e
+    real_state = some & (n < N)
+    a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     stop = tl.minimum(begin + steps, length)
     alive = True
@@ -583,8 +623,8 @@ def _leave_backwards(
         started = tl.load(nearest + stretch)
         alive = started >= stop
         stop = tl.minimum(stop, started)
-    _clear(local + out, inner, some, N, BLOCK)
     total = tl.zeros([1, BLOCK], tl.float32)
+    carry = tl.zeros([PADDED_N, BLOCK], tl.float32)
     tiles = tl.cdiv(stop - begin, T)
     for i in range(tiles):
         tile = begin + (tiles - 1 - i) * T
@@ -592,131 +632,167 @@ def _leave_backwards(
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
         ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, real & some)
         total += tl.sum(step_size, axis=0, keep_dims=True)
+        C_tile = C + (row * padded_length + tile) * PADDED_N
         some_end = False
         goes_on = None
         if sequence_of is not None:
-            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
-        for n in range(N):
-            a = tl.load(A + n * inner + e, mask=some, other=0.0)
-            kept = tl.exp2(step_size * a)
-            C_tile = _of_state(C, row, tile, n, length, N, T)
-            direct = _direct_gradient(
-                ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
-            )
-            carry = tl.load(local + out + n * inner, mask=some, other=0.0)
-            gradient, carry = _state_gradients(kept, direct, carry, goes_on, T)
-            tl.store(local + out + n * inner, carry, mask=some)
-    _store_let_through(through + out, total, alive, A, e, inner, some, N)
+            goes_on, some_start, some_end = _borders(tile, length, sequence_of, T, REVERSE)
+        for t in tl.static_range(T - 1, -1, -1):
+            carry = _gradient_after(
+                carry, ungated, _of_step(C_tile, t, PADDED_N), dfinal, some_end, place, real_state, sequence_of, tile,
+                length, inner, t, T, N, REVERSE,
+            )  # fmt: skip
+            carry = _unless_start(_decay(step_size, a, t, T) * carry, goes_on, t, T)
+    out = (row * tl.num_programs(1) + stretch) * N * inner + place
+    tl.store(local + out, carry, mask=real_state)
+    _store_let_through(through + out, total, alive, a, real_state)
 
 
-@triton.jit(do_not_specialize=["length", "steps"])
+@triton.jit(do_not_specialize=["length", "steps", "padded_length"])
 def _gradients(
     x, x_row, x_time, delta, delta_row, delta_time, z, z_row, z_time,
-    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps,
-    dy, dfinal, entering, states, carries,
+    A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
+    dy, dfinal, entering, kept, between,
     dx, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
-    N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, KEPT_EVERY: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient over a stretch, from its last tile to its first; states are computed again from the kept ones.
+    """Every gradient over a stretch, from its last step to its first.
 
-    What the end of a tile needs again is loaded again: held in registers meanwhile, it would push out the states.
+    From a kept state those before the next few tiles are computed again and put into `between`; from these, each tile
+    computes its own, which stay in registers. What the end of a tile needs again is loaded again.
     """
     block = tl.program_id(0)
     e = channels(block, BLOCK)
+    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some = e < inner
-    place = row * tl.num_programs(1) + stretch
+    some, place = e < inner, n * inner + e
+    real_state = some & (n < N)
+    a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
-    carried = place * N * inner + e
-    summed = (block * tl.num_programs(2) + row).to(tl.int64)
-    for n in range(N):
-        carry = tl.zeros([1, BLOCK], tl.float32)
-        if entering is not None:
-            carry = tl.load(entering + carried + n * inner, mask=some, other=0.0)
-        elif dfinal is not None:
-            if sequence_of is None:
-                carry = _from_outside(dfinal, row, e, n, inner, some, N)
-        tl.store(carries + carried + n * inner, carry, mask=some)
+    program = row * tl.num_programs(1) + stretch
+    programs = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
+    summed = (block * tl.num_programs(2) + row) * padded_length
+    carry = tl.zeros([PADDED_N, BLOCK], tl.float32)
+    if entering is not None:
+        carry = tl.load(entering + program * N * inner + place, mask=real_state, other=0.0)
+    elif dfinal is not None:
+        if sequence_of is None:
+            carry = tl.load(dfinal + row * N * inner + place, mask=real_state, other=0.0)
     skip = tl.zeros([1, BLOCK], tl.float32)
     if D is not None:
         skip = tl.load(D + e, mask=some, other=0.0)
     skip_gradient = tl.zeros([1, BLOCK], tl.float32)
     bias_gradient = tl.zeros([1, BLOCK], tl.float32)
-    tiles = tl.cdiv(tl.minimum(begin + steps, length) - begin, T)
-    for i in range(tiles):
-        tile = begin + (tiles - 1 - i) * T
-        slot = states + (row * tl.cdiv(length, T) + tile // T) * N * inner + e
-        first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
-        here = real & some
-        step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, here, SOFTPLUS)
-        drive = step_size * _tile(x, x_row, x_time, row, first, away, e, here)
-        ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, here)
-        some_end = False
-        goes_on = None
-        if sequence_of is not None:
-            goes_on, some_start, some_end = _summary_of_borders(tile, length, sequence_of, T, REVERSE)
-        out = tl.zeros([T, BLOCK], tl.float32)
-        drive_gradient = tl.zeros([T, BLOCK], tl.float32)
-        exponent_gradient = tl.zeros([T, BLOCK], tl.float32)
-        for n in range(N):
-            a = tl.load(A + n * inner + e, mask=some, other=0.0)
-            B_tile = _of_state(B, row, tile, n, length, N, T)
-            C_tile = _of_state(C, row, tile, n, length, N, T)
-            kept = tl.exp2(step_size * a)
-            added = drive * B_tile
-            from_initial = tl.zeros([T, BLOCK], tl.float32)
+    a_gradient = tl.zeros([PADDED_N, BLOCK], tl.float32)
+    step, sums = tl.arange(0, T)[:, None], _row_in_channel(PADDED_N, BLOCK)
+    once = tl.arange(0, BLOCK)[None, :] < PADDED_N
+    pieces = tl.cdiv(tl.minimum(begin + steps, length) - begin, KEPT_EVERY)
+    for i in range(pieces):
+        piece = begin + (pieces - 1 - i) * KEPT_EVERY
+        slot = kept + (row * (padded_length // KEPT_EVERY) + piece // KEPT_EVERY) * N * inner
+        states = tl.load(slot + place, mask=real_state, other=0.0)
+        tl.store(between + program * N * inner + place, states, mask=real_state)
+        for k in range(1, KEPT_EVERY // T):
+            tile = piece + (k - 1) * T
+            first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+            step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
+            drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
+            goes_on = None
+            some_start = False
             if sequence_of is not None:
-                if initial is not None:
-                    if some_start:
-                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                        from_initial = kept * _from_outside(initial, sequence, e, n, inner, start & some, N)
-                        added += from_initial
-            state = tl.load(slot + n * inner, mask=some, other=0.0)
-            before, after, state = _states(kept, added, state, goes_on, T)
-            direct = _direct_gradient(
-                ungated, C_tile, dfinal, some_end, tile, sequence_of, e, n, length, inner, some, N, T, REVERSE
-            )
-            carry = tl.load(carries + carried + n * inner, mask=some, other=0.0)
-            gradient, carry = _state_gradients(kept, direct, carry, goes_on, T)
-            tl.store(carries + carried + n * inner, carry, mask=some)
-            exponent = gradient * (kept * before + from_initial)
-            if initial is not None:
-                if sequence_of is None:
-                    if tile == 0:
-                        tl.store(dinitial + (row * N + n) * inner + e, carry, mask=some)
-                else:
-                    if some_start:
-                        sequence, start, end = _borders(tile, length, sequence_of, T, REVERSE)
-                        at = dinitial + (sequence * N + n) * inner + e
-                        tl.store(at, tl.exp2(step_size * a) * gradient, mask=start & some)
-            out += after * C_tile
-            drive_gradient += gradient * B_tile
-            exponent_gradient += exponent * a
-            at = dA + carried + n * inner
-            total = tl.sum(exponent * step_size, axis=0, keep_dims=True)
-            tl.store(at, tl.load(at, mask=some, other=0.0) + total, mask=some)
-            at = _at_state(0, summed, tile, n, length, N, T) + _row_in_channel(T, BLOCK)
-            once = tl.arange(0, BLOCK)[None, :] < T
-            tl.store(dB + at, _sum_over_channels(gradient * drive, T, BLOCK), mask=once)
-            tl.store(dC + at, _sum_over_channels(ungated * after, T, BLOCK), mask=once)
-        values = _tile(x, x_row, x_time, row, first, away, e, here)
-        step_gradient = exponent_gradient * LN_2 + drive_gradient * values
-        if SOFTPLUS:
-            raw = _before_softplus(delta, delta_row, delta_time, bias, row, first, away, e, here)
-            step_gradient *= sigmoid(raw)
-        step_gradient = tl.where(here, step_gradient, 0.0)
-        bias_gradient += tl.sum(step_gradient, axis=0, keep_dims=True)
-        at = (row * length + first) * inner + away * inner + e
-        tl.store(ddelta + at, step_gradient.to(ddelta.dtype.element_ty), mask=inside & some)
-        if z is not None:
-            gate = _tile(z, z_row, z_time, row, first, away, e, here)
-            given = _tile(dy + row * length * inner, 0, inner, row, first, away, e, here)
-            s = sigmoid(gate)
-            gate_gradient = given * (s + gate * s * (1.0 - s)) * (out + skip * values)
-            tl.store(dz + at, gate_gradient.to(dz.dtype.element_ty), mask=inside & some)
-        skip_gradient += tl.sum(ungated * values, axis=0, keep_dims=True)
-        values_gradient = drive_gradient * step_size + ungated * skip
-        tl.store(dx + at, values_gradient.to(dx.dtype.element_ty), mask=inside & some)
-    tl.store(dD + place * inner + e, skip_gradient, mask=some)
-    tl.store(dbias + place * inner + e, bias_gradient, mask=some)
+                goes_on, some_start, some_end = _borders(tile, length, sequence_of, T, REVERSE)
+            states = _advanced(
+                states, step_size, drive, a, B + (row * padded_length + tile) * PADDED_N, goes_on, some_start,
+                initial, place, real_state, sequence_of, tile, length, inner, T, N, PADDED_N, REVERSE,
+            )  # fmt: skip
+            tl.store(between + (k * programs + program) * N * inner + place, states, mask=real_state)
+        for j in range(KEPT_EVERY // T):
+            k = KEPT_EVERY // T - 1 - j
+            tile = piece + k * T
+            first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
+            here = real & some
+            step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, here, SOFTPLUS)
+            drive = step_size * _tile(x, x_row, x_time, row, first, away, e, here)
+            ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, here)
+            B_tile = B + (row * padded_length + tile) * PADDED_N
+            C_tile = C + (row * padded_length + tile) * PADDED_N
+            goes_on = None
+            some_start = False
+            some_end = False
+            if sequence_of is not None:
+                goes_on, some_start, some_end = _borders(tile, length, sequence_of, T, REVERSE)
+            entered = tl.load(between + (k * programs + program) * N * inner + place, mask=real_state, other=0.0)
+            states = entered
+            after = tl.zeros([T, PADDED_N, BLOCK], tl.float32)
+            for t in tl.static_range(T):
+                states = _found(
+                    states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner,
+                    t, T, N, REVERSE,
+                )  # fmt: skip
+                states = _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
+                after = tl.where(tl.arange(0, T)[:, None, None] == t, states[None, :, :], after)
+            out = tl.zeros([T, BLOCK], tl.float32)
+            drive_gradient = tl.zeros([T, BLOCK], tl.float32)
+            exponent_gradient = tl.zeros([T, BLOCK], tl.float32)
+            for t in tl.static_range(T - 1, -1, -1):
+                B_step, C_step = _of_step(B_tile, t, PADDED_N), _of_step(C_tile, t, PADDED_N)
+                left = _states_of_step(after, t, T)
+                to = (summed + tile + t) * PADDED_N + sums
+                read = _row(ungated, t, T) * left
+                tl.store(dC + to, _sum_over_channels(read, PADDED_N, BLOCK), mask=once)
+                out = tl.where(step == t, tl.sum(left * C_step, axis=0, keep_dims=True), out)
+                carry = _gradient_after(
+                    carry, ungated, C_step, dfinal, some_end, place, real_state, sequence_of, tile, length, inner,
+                    t, T, N, REVERSE,
+                )  # fmt: skip
+                driven = carry * _row(drive, t, T)
+                tl.store(dB + to, _sum_over_channels(driven, PADDED_N, BLOCK), mask=once)
+                through_drive = tl.sum(carry * B_step, axis=0, keep_dims=True)
+                drive_gradient = tl.where(step == t, through_drive, drive_gradient)
+                carry = _decay(step_size, a, t, T) * carry
+                before = entered
+                if t > 0:
+                    before = _states_of_step(after, t - 1, T)
+                before = _found(
+                    before, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner,
+                    t, T, N, REVERSE,
+                )  # fmt: skip
+                exponent = carry * before
+                through_exponent = tl.sum(exponent * a, axis=0, keep_dims=True)
+                exponent_gradient = tl.where(step == t, through_exponent, exponent_gradient)
+                a_gradient += exponent * _row(step_size, t, T)
+                if sequence_of is not None:
+                    if initial is not None:
+                        if some_start:
+                            sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
+                            earlier = _sequence_at(tile + t - 1, length, sequence_of, REVERSE)
+                            starts = (sequence >= 0) & (sequence != earlier)
+                            given_here = dinitial + sequence.to(tl.int64) * N * inner
+                            tl.store(given_here + place, carry, mask=real_state & starts)
+                carry = _unless_start(carry, goes_on, t, T)
+            values = _tile(x, x_row, x_time, row, first, away, e, here)
+            step_gradient = exponent_gradient * LN_2 + drive_gradient * values
+            if SOFTPLUS:
+                raw = _before_softplus(delta, delta_row, delta_time, bias, row, first, away, e, here)
+                step_gradient *= sigmoid(raw)
+            step_gradient = tl.where(here, step_gradient, 0.0)
+            bias_gradient += tl.sum(step_gradient, axis=0, keep_dims=True)
+            at = (row * length + first) * inner + away * inner + e
+            tl.store(ddelta + at, step_gradient.to(ddelta.dtype.element_ty), mask=inside & some)
+            if z is not None:
+                gate = _tile(z, z_row, z_time, row, first, away, e, here)
+                given = _tile(dy + row * length * inner, 0, inner, row, first, away, e, here)
+                s = sigmoid(gate)
+                gate_gradient = given * (s + gate * s * (1.0 - s)) * (out + skip * values)
+                tl.store(dz + at, gate_gradient.to(dz.dtype.element_ty), mask=inside & some)
+            skip_gradient += tl.sum(ungated * values, axis=0, keep_dims=True)
+            values_gradient = drive_gradient * step_size + ungated * skip
+            tl.store(dx + at, values_gradient.to(dx.dtype.element_ty), mask=inside & some)
+    if initial is not None:
+        if sequence_of is None:
+            if begin == 0:
+                tl.store(dinitial + row * N * inner + place, carry, mask=real_state)
+    tl.store(dA + program * N * inner + place, a_gradient, mask=real_state)
+    tl.store(dD + program * inner + e, skip_gradient, mask=some)
+    tl.store(dbias + program * inner + e, bias_gradient, mask=some)
