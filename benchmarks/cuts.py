@@ -24,14 +24,17 @@ from mabert.ops.selective_scan import kept, triton
 AT_ONCE = 14
 CHANGES: list[dict[str, int]] = [
     {},
-    *({"steps": steps, "registers": registers} for steps in (4, 8) for registers in (88, 104, 128, 168)),
-    {"steps": 16, "registers": 128},
-    *({"steps_back": 2, "registers_back": registers} for registers in (88, 104, 168, 255)),
-    *({"steps_back": 4, "registers_back": registers} for registers in (128, 168, 255)),
+    {"ahead": 0},
+    {"ahead": 32},
+    {"steps": 2, "registers": 128},
+    {"steps": 2, "registers": 104},
+    {"steps": 4, "registers": 104},
+    {"steps": 8, "registers": 168},
+    *({"steps_back": 2, "registers_back": registers} for registers in (128, 200, 255)),
+    *({"steps_back": 1, "registers_back": registers} for registers in (128, 168, 255)),
+    {"steps_back": 4, "registers_back": 255},
     {"kept_every": 8},
-    {"kept_every": 32},
-    *({"programs": programs} for programs in (1024, 4096, 8192)),
-    {"programs": 4096, "shortest": 32},
+    {"programs": 4096, "shortest": 64},
 ]
 
 

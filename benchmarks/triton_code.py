@@ -42,7 +42,7 @@ def kernels(state: int) -> list[tuple[Any, dict[str, object], dict[str, str]]]:
     rows = dict.fromkeys(("x", "delta", "z", "dy", "y", "dx", "ddelta", "dz", "weight", "bias"), "*bf16")
     padded = triton.next_power_of_2(state)
     cut: dict[str, object] = {"N": state, "PADDED_N": padded, "T": scan.CUT.steps, "BLOCK": scan.CUT.block(state)}
-    cut |= {"SOFTPLUS": True, "REVERSE": False, "KEPT_EVERY": scan.CUT.kept_every}
+    cut |= {"SOFTPLUS": True, "REVERSE": False, "KEPT_EVERY": scan.CUT.kept_every, "AHEAD": scan.CUT.ahead}
     back = {"T": scan.CUT.steps_back}
     in_order = {"N": state, "PADDED_N": padded, "T": scan.CUT.kept_every, "REVERSE": False, "mask": None}
     taps = {"W": 4, "LEFT": 1, "SILU": True, "T": conv.TILE, "BLOCK": conv.BLOCK}

@@ -41,6 +41,7 @@ class Cut:
         shortest: steps of a stretch at least.
         registers: of a thread at most; with fewer, more threads run at once, and some values go to memory.
         registers_back: the same in the backward.
+        ahead: steps by which memory is asked for before it is needed, a multiple of all others; 0 to wait for it.
     """
 
     channels: int
@@ -51,6 +52,7 @@ class Cut:
     shortest: int
     registers: int
     registers_back: int
+    ahead: int
 
     def block(self, state: int) -> int:
         """Channels of a program: sums over them go to N threads."""
@@ -62,28 +64,21 @@ class Cut:
         return triton.cdiv(max(self.shortest, triton.cdiv(length, per_row)), self.kept_every) * self.kept_every
 
 
+KEPT = TRITON_KEPT_EVERY
 # In the interpreter: more than one of everything.
 CUT = (
-    Cut(
-        8,
-        steps=2,
-        steps_back=2,
-        kept_every=TRITON_KEPT_EVERY,
-        programs=2**20,
-        shortest=16,
-        registers=0,
-        registers_back=0,
-    )
+    Cut(8, steps=2, steps_back=2, kept_every=KEPT, programs=2**20, shortest=16, registers=0, registers_back=0, ahead=0)
     if INTERPRETED
     else Cut(
         32,
-        steps=8,
+        steps=4,
         steps_back=2,
-        kept_every=TRITON_KEPT_EVERY,
+        kept_every=KEPT,
         programs=2048,
-        shortest=64,
+        shortest=256,
         registers=128,
-        registers_back=128,
+        registers_back=168,
+        ahead=16,
     )
 )
 
@@ -96,7 +91,8 @@ def forward(
     scan = _Scan(x, delta, A, B, C, D, z, delta_bias, mask, cu_seqlens, initial_state, delta_softplus, reverse)
     y = like(x)
     if scan.initial is None:
-        final = x.new_zeros(scan.sequences, scan.state, scan.inner, dtype=torch.float32)
+        new = x.new_zeros if cu_seqlens is not None or not x.numel() else x.new_empty  # every row's last step writes it
+        final = new(scan.sequences, scan.state, scan.inner, dtype=torch.float32)
     else:
         final = scan.initial.clone()  # a sequence without tokens ends where it begins
     kept = x.new_empty(kept_rows, *A.shape, dtype=torch.float32)
@@ -107,6 +103,7 @@ def forward(
             (entering, kept if kept_rows else None, y, final),
             T=CUT.steps,
             KEPT_EVERY=CUT.kept_every,
+            AHEAD=CUT.ahead,
             maxnreg=CUT.registers,
         )
     return y, final.mT, kept
@@ -138,6 +135,7 @@ def backward(
             (dy, dfinal, entering, kept, between, *outputs),
             T=CUT.steps_back,
             KEPT_EVERY=CUT.kept_every,
+            AHEAD=CUT.ahead,
             maxnreg=CUT.registers_back,
         )
     return [
@@ -184,7 +182,7 @@ class _Scan:
             *rows("x", x, x),
             *rows("delta", delta, x),
             *((None, 0, 0) if z is None else rows("z", z, x)),
-            (A.T * LOG2_E.value).contiguous(),
+            torch.mul(A.T, LOG2_E.value, out=self.new_empty(self.state, self.inner)),
             self.B,
             self.C,
             D if D is None else D.contiguous(),
@@ -231,7 +229,7 @@ class _Scan:
         local, through = self.per_stretch(), self.per_stretch()
         packed = self.cu_seqlens is not None
         nearest = self._nearest_starts(backwards) if packed else None
-        self.launch(kernel, (*arguments, nearest, local, through), T=CUT.steps, maxnreg=CUT.registers)
+        self.launch(kernel, (*arguments, nearest, local, through), T=CUT.steps, AHEAD=CUT.ahead, maxnreg=CUT.registers)
         _carry_over[(triton.cdiv(self.state * self.inner, 128), self.batch)](
             local, through, None if packed else outside, self.stretches, self.state * self.inner,
             BACKWARDS=backwards, BLOCK=128,
@@ -396,6 +394,17 @@ def _tile(pointer, row_stride, time_stride, row, first, away, e, mask):
 
 
 @triton.jit
+def _ask_for(pointer, row_stride, time_stride, row, tile, length, e, some, T: tl.constexpr, REVERSE: tl.constexpr):
+    """Let the cache fetch a tile of a (B, L, E) tensor, as far as there is one, and do not wait for it."""
+    first, away, inside, real = _steps(tile, row, length, None, T, REVERSE)
+    there = inside & some & (tile >= 0)
+    at = tl.where(there, pointer + row * row_stride + first * time_stride + away * time_stride + e, pointer)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _softplus(v):
     """log(1 + e^v), relative error small however small the result: log(1 + u) through 2 atanh(u / (2 + u))."""
     u = tl.exp2(-tl.abs(v) * LOG2_E)
@@ -455,7 +464,7 @@ def _leave(
     A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
     nearest, local, through,
     N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What a stretch makes of a zero state, and how much of an entering state it lets through."""
     e = channels(tl.program_id(0), BLOCK)
@@ -474,6 +483,9 @@ def _leave(
     total = tl.zeros([1, BLOCK], tl.float32)
     states = tl.zeros([PADDED_N, BLOCK], tl.float32)
     for tile in range(from_tile, tl.minimum(begin + steps, length), T):
+        if AHEAD:
+            _ask_for(x, x_row, x_time, row, tile + AHEAD, length, e, some, T, REVERSE)
+            _ask_for(delta, delta_row, delta_time, row, tile + AHEAD, length, e, some, T, REVERSE)
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
         drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
@@ -515,7 +527,7 @@ def _read_out(
     A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
     entering, kept, y, final,
     N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, KEPT_EVERY: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Eq. 8 and the gate of Eq. 9 over a stretch; keeps a state every few steps where there is room for them."""
     e = channels(tl.program_id(0), BLOCK)
@@ -534,6 +546,11 @@ def _read_out(
         if sequence_of is None:
             states = tl.load(initial + row * N * inner + place, mask=real_state, other=0.0)
     for tile in range(begin, stop, T):
+        if AHEAD:
+            _ask_for(x, x_row, x_time, row, tile + AHEAD, length, e, some, T, REVERSE)
+            _ask_for(delta, delta_row, delta_time, row, tile + AHEAD, length, e, some, T, REVERSE)
+            if z is not None:
+                _ask_for(z, z_row, z_time, row, tile + AHEAD, length, e, some, T, REVERSE)
         if kept is not None:
             if tile % KEPT_EVERY == 0:
                 slot = kept + (row * (padded_length // KEPT_EVERY) + tile // KEPT_EVERY) * N * inner
@@ -607,7 +624,7 @@ def _leave_backwards(
     A, B, C, D, bias, mask, sequence_of, initial, length, inner, steps, padded_length,
     dy, dfinal, nearest, local, through,
     N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The same as `_leave` for gradients of the state, which enter a stretch at its end."""
     e = channels(tl.program_id(0), BLOCK)
@@ -628,6 +645,11 @@ def _leave_backwards(
     tiles = tl.cdiv(stop - begin, T)
     for i in range(tiles):
         tile = begin + (tiles - 1 - i) * T
+        if AHEAD:
+            _ask_for(delta, delta_row, delta_time, row, tile - AHEAD, length, e, some, T, REVERSE)
+            _ask_for(dy, length * inner, inner, row, tile - AHEAD, length, e, some, T, REVERSE)
+            if z is not None:
+                _ask_for(z, z_row, z_time, row, tile - AHEAD, length, e, some, T, REVERSE)
         first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
         step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
         ungated = _ungated_gradient(dy, z, z_row, z_time, row, first, away, e, length, inner, real & some)
@@ -655,7 +677,7 @@ def _gradients(
     dy, dfinal, entering, kept, between,
     dx, ddelta, dz, dB, dC, dA, dD, dbias, dinitial,
     N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, KEPT_EVERY: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every gradient over a stretch, from its last step to its first.
 
@@ -695,6 +717,10 @@ def _gradients(
         tl.store(between + program * N * inner + place, states, mask=real_state)
         for k in range(1, KEPT_EVERY // T):
             tile = piece + (k - 1) * T
+            if AHEAD:
+                _ask_for(dy, length * inner, inner, row, tile, length, e, some, T, REVERSE)
+                if z is not None:
+                    _ask_for(z, z_row, z_time, row, tile, length, e, some, T, REVERSE)
             first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
             step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, real & some, SOFTPLUS)
             drive = step_size * _tile(x, x_row, x_time, row, first, away, e, real & some)
@@ -710,6 +736,9 @@ def _gradients(
         for j in range(KEPT_EVERY // T):
             k = KEPT_EVERY // T - 1 - j
             tile = piece + k * T
+            if AHEAD:
+                _ask_for(x, x_row, x_time, row, tile - KEPT_EVERY, length, e, some, T, REVERSE)
+                _ask_for(delta, delta_row, delta_time, row, tile - KEPT_EVERY, length, e, some, T, REVERSE)
             first, away, inside, real = _steps(tile, row, length, mask, T, REVERSE)
             here = real & some
             step_size = _step_size(delta, delta_row, delta_time, bias, row, first, away, e, here, SOFTPLUS)
