@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.gpu import backward_alone, milliseconds, scan_inputs
+from benchmarks.measure import stamp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,7 +82,7 @@ def main() -> None:
             table.add_row(text, *(f"{found[name]:.3f}" for name in ("inference", "forward", "backward")))
         Console(width=100).print(table)
     if arguments.json:
-        content = {"device": torch.cuda.get_device_name(), "cut": asdict(triton.CUT), "measured": measured}
+        content = {"stamp": stamp(), "cut": asdict(triton.CUT), "measured": measured}
         with atomic_write(arguments.json, "w") as file:
             json.dump(content, file, indent=1)
 

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import render_gpu
 import render_kernels
 import render_pretraining
 import render_triton_code
@@ -83,6 +84,7 @@ def render() -> str:
         *(section(run) for run in runs),
         render_pretraining.section(),
         render_kernels.section(),
+        render_gpu.section(),
         render_triton_code.section(),
     ]
     return "\n".join(part for part in parts if part)

@@ -13,17 +13,18 @@ def section() -> str:
     if not MEASURED.exists():
         return ""
     results = json.loads(MEASURED.read_text(encoding="utf-8"))
-    stamp, steps = results["stamp"], results["steps"]
+    stamp, cut = results["stamp"], results["cut"]
     rows = [row for row in results["rows"] if row["state"] == 16]
     changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""
     lines = [
         "## The GPU kernels, compiled",
         "",
-        "**Nothing here is a time: no GPU was there.** What the compiler says of the Triton kernels at N = 16 in "
-        f"bfloat16 for compute capability {results['arch'] / 10:.1f}: registers of a thread, bytes that do not fit "
-        "into them, shared memory of a program, how many programs the registers leave room for on a multiprocessor "
-        f"(at most {MOST_PROGRAMS}), and, for the scan, the instructions of the loop over states for {steps} steps of "
-        "one channel. Loops of packed rows hold branches that only tiles with a border take.",
+        "What the compiler says of the Triton kernels at N = 16 in bfloat16 for compute capability "
+        f"{results['arch'] / 10:.1f}; nothing here is a time. Registers of a thread (the scan is held to "
+        f"{cut['registers']} in the forward and {cut['registers_back']} in the backward), bytes that do not fit into "
+        "them, shared memory of a program, how many programs the registers leave room for on a multiprocessor (at most "
+        f"{MOST_PROGRAMS}), and, for the scan, the instructions of its first loop over a tile: {cut['steps']} steps of 32 "
+        f"channels with all their states, {cut['steps_back']} in `_gradients`.",
         "",
         "| kernel | rows | registers | spilled bytes | shared bytes | programs at once | loop |",
         "|---|---|---|---|---|---|---|",

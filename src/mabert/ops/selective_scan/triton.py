@@ -706,7 +706,8 @@ def _gradients(
         skip = tl.load(D + e, mask=some, other=0.0)
     skip_gradient = tl.zeros([1, BLOCK], tl.float32)
     bias_gradient = tl.zeros([1, BLOCK], tl.float32)
-    a_gradient = tl.zeros([PADDED_N, BLOCK], tl.float32)
+    a_sum = dA + program * N * inner + place
+    tl.store(a_sum, tl.zeros([PADDED_N, BLOCK], tl.float32), mask=real_state)
     step, sums = tl.arange(0, T)[:, None], _row_in_channel(PADDED_N, BLOCK)
     once = tl.arange(0, BLOCK)[None, :] < PADDED_N
     pieces = tl.cdiv(tl.minimum(begin + steps, length) - begin, KEPT_EVERY)
@@ -715,6 +716,7 @@ def _gradients(
         slot = kept + (row * (padded_length // KEPT_EVERY) + piece // KEPT_EVERY) * N * inner
         states = tl.load(slot + place, mask=real_state, other=0.0)
         tl.store(between + program * N * inner + place, states, mask=real_state)
+        a_gradient = tl.zeros([PADDED_N, BLOCK], tl.float32)  # few at a time: a long sum loses digits
         for k in range(1, KEPT_EVERY // T):
             tile = piece + (k - 1) * T
             if AHEAD:
@@ -818,10 +820,10 @@ def _gradients(
             skip_gradient += tl.sum(ungated * values, axis=0, keep_dims=True)
             values_gradient = drive_gradient * step_size + ungated * skip
             tl.store(dx + at, values_gradient.to(dx.dtype.element_ty), mask=inside & some)
+        tl.store(a_sum, tl.load(a_sum, mask=real_state, other=0.0) + a_gradient, mask=real_state)
     if initial is not None:
         if sequence_of is None:
             if begin == 0:
                 tl.store(dinitial + row * N * inner + place, carry, mask=real_state)
-    tl.store(dA + program * N * inner + place, a_gradient, mask=real_state)
     tl.store(dD + program * inner + e, skip_gradient, mask=some)
     tl.store(dbias + program * inner + e, bias_gradient, mask=some)
