@@ -302,6 +302,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(2, "there is no GPU: nothing to measure\n")
     content = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    content |= {"channels": INNER, "rows_moved": ROWS_MOVED}  # what a reader needs for the floors
     content.setdefault("cells", {})
 
     def save() -> None:

@@ -23,8 +23,8 @@ def section() -> str:
         f"{results['arch'] / 10:.1f}; nothing here is a time. Registers of a thread (the scan is held to "
         f"{cut['registers']} in the forward and {cut['registers_back']} in the backward), bytes that do not fit into "
         "them, shared memory of a program, how many programs the registers leave room for on a multiprocessor (at most "
-        f"{MOST_PROGRAMS}), and, for the scan, the instructions of its first loop over a tile: {cut['steps']} steps of 32 "
-        f"channels with all their states, {cut['steps_back']} in `_gradients`.",
+        f"{MOST_PROGRAMS}), and, for the scan, the instructions of its first loop over a tile: {cut['steps']} steps of "
+        f"32 channels with all their states, {cut['steps_back']} in `_gradients`.",
         "",
         "| kernel | rows | registers | spilled bytes | shared bytes | programs at once | loop |",
         "|---|---|---|---|---|---|---|",
