@@ -24,8 +24,9 @@ def section() -> str:
     lines = [
         "## The kernels on a GPU",
         "",
-        f"Milliseconds of one call in bfloat16 with {results['channels']:,} channels and 16 states, rows × tokens, and in "
-        "brackets how many times the time that its reads and writes of full rows would take at the speed of a large copy "
+        f"Milliseconds of one call in bfloat16 with {results['channels']:,} channels and 16 states, rows × tokens, "
+        "and in brackets how many times the time that its reads and writes of full rows would take at the speed of a "
+        "large copy "
         f"({rate / 1e12:.2f} TB/s, read and written). Medians by the GPU's clock; a call's way through Python counts, "
         "and decides the small ones. The torch fallback stands beside where it was measured.",
         "",

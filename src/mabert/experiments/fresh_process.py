@@ -92,6 +92,7 @@ def _watch(process: ForkServerProcess, limit: int, seconds: float) -> str | None
 
 def _end(process: ForkServerProcess) -> None:
     """With all that it started."""
+    assert process.pid is not None  # it has been started
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # it has no session of its own yet
