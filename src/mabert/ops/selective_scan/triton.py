@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mabert.ops.gpu import INTERPRETED, check_input, on_device_of_first, rows, sequence_of
 from mabert.ops.native import like
-from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY
+from mabert.ops.selective_scan.kept import TRITON_KEPT_EVERY as KEPT
 from mabert.ops.triton_math import LOG2_E, channels, sigmoid
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -41,7 +41,8 @@ class Cut:
         shortest: steps of a stretch at least.
         registers: of a thread at most; with fewer, more threads run at once, and some values go to memory.
         registers_back: the same in the backward.
-        ahead: steps by which memory is asked for before it is needed, a multiple of all others; 0 to wait for it.
+        ahead: steps by which memory is asked for before it is needed, a multiple of a tile's; 0 to wait for it.
+            `_gradients` asks for the next steps between kept states, however many are said here.
     """
 
     channels: int
@@ -64,7 +65,6 @@ class Cut:
         return triton.cdiv(max(self.shortest, triton.cdiv(length, per_row)), self.kept_every) * self.kept_every
 
 
-KEPT = TRITON_KEPT_EVERY
 # In the interpreter: more than one of everything.
 CUT = (
     Cut(8, steps=2, steps_back=2, kept_every=KEPT, programs=2**20, shortest=16, registers=0, registers_back=0, ahead=0)
@@ -262,6 +262,14 @@ def _row(tile, t: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _states_of(e, inner, N: tl.constexpr, PADDED_N: tl.constexpr):
+    """Which channels there are (1, E), where their states lie in an (N, E) tensor, and which there are (N, E)."""
+    n = tl.arange(0, PADDED_N)[:, None]
+    some = e < inner
+    return some, n * inner + e, some & (n < N)
+
+
+@triton.jit
 def _states_of_step(states, t: tl.constexpr, T: tl.constexpr):
     """(N, E) of (T, N, E); no instruction either."""
     bits = tl.where(tl.arange(0, T)[:, None, None] == t, states.to(tl.int32, bitcast=True), 0)
@@ -286,11 +294,22 @@ def _found(
     if sequence_of is not None:
         if initial is not None:
             if some_start:
-                sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
-                starts = (sequence >= 0) & (sequence != _sequence_at(tile + t - 1, length, sequence_of, REVERSE))
-                at = initial + sequence.to(tl.int64) * N * inner + place
+                sequence, starts = _parted(tile + t, tile + t - 1, length, sequence_of, REVERSE)
+                at = initial + sequence * N * inner + place
                 states += tl.load(at, mask=real_state & starts, other=0.0)
     return states
+
+
+@triton.jit
+def _after_step(
+    states, step_size, drive, a, B_tile, goes_on, some_start, initial, place, real_state, sequence_of, tile, length,
+    inner, t: tl.constexpr, T: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The states after step t of a tile (N, E), from those after the one before: Eq. 7."""
+    states = _found(
+        states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner, t, T, N, REVERSE
+    )
+    return _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
 
 
 @triton.jit
@@ -298,12 +317,12 @@ def _advanced(
     states, step_size, drive, a, B_tile, goes_on, some_start, initial, place, real_state, sequence_of, tile, length,
     inner, T: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The states after a tile (N, E): Eq. 7 at each of its steps."""
+    """The states after all steps of a tile (N, E)."""
     for t in tl.static_range(T):
-        states = _found(
-            states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner, t, T, N, REVERSE
-        )
-        states = _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
+        states = _after_step(
+            states, step_size, drive, a, B_tile, goes_on, some_start, initial, place, real_state, sequence_of, tile,
+            length, inner, t, T, N, PADDED_N, REVERSE,
+        )  # fmt: skip
     return states
 
 
@@ -372,6 +391,13 @@ def _sequence_at(step, length, sequence_of, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _parted(step, beside, length, sequence_of, REVERSE: tl.constexpr):
+    """The sequence of a step, and whether the step beside it belongs to another one or to none."""
+    here = _sequence_at(step, length, sequence_of, REVERSE)
+    return here.to(tl.int64), (here >= 0) & (here != _sequence_at(beside, length, sequence_of, REVERSE))
+
+
+@triton.jit
 def _any(flags):
     return tl.max(tl.max(flags.to(tl.int32), axis=1), axis=0) > 0
 
@@ -380,9 +406,8 @@ def _any(flags):
 def _borders(tile, length, sequence_of, T: tl.constexpr, REVERSE: tl.constexpr):
     """All bits where a step goes on with a sequence, none where one starts (T, 1); whether some start, some end."""
     step = tile + tl.arange(0, T)[:, None]
-    here = _sequence_at(step, length, sequence_of, REVERSE)
-    start = (here >= 0) & (here != _sequence_at(step - 1, length, sequence_of, REVERSE))
-    end = (here >= 0) & (here != _sequence_at(step + 1, length, sequence_of, REVERSE))
+    here, start = _parted(step, step - 1, length, sequence_of, REVERSE)
+    here, end = _parted(step, step + 1, length, sequence_of, REVERSE)
     return tl.where(start, 0, -1), _any(start), _any(end)
 
 
@@ -468,10 +493,8 @@ def _leave(
 ):  # fmt: skip
     """What a stretch makes of a zero state, and how much of an entering state it lets through."""
     e = channels(tl.program_id(0), BLOCK)
-    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some, place = e < inner, n * inner + e
-    real_state = some & (n < N)
+    some, place, real_state = _states_of(e, inner, N, PADDED_N)
     a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     from_tile = begin
@@ -531,10 +554,8 @@ def _read_out(
 ):  # fmt: skip
     """Eq. 8 and the gate of Eq. 9 over a stretch; keeps a state every few steps where there is room for them."""
     e = channels(tl.program_id(0), BLOCK)
-    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some, place = e < inner, n * inner + e
-    real_state = some & (n < N)
+    some, place, real_state = _states_of(e, inner, N, PADDED_N)
     a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     stop = tl.minimum(begin + steps, length)
@@ -569,18 +590,16 @@ def _read_out(
         if D is not None:
             out = tl.load(D + e, mask=some, other=0.0) * values
         for t in tl.static_range(T):
-            states = _found(
-                states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner,
-                t, T, N, REVERSE,
+            states = _after_step(
+                states, step_size, drive, a, B_tile, goes_on, some_start, initial, place, real_state, sequence_of,
+                tile, length, inner, t, T, N, PADDED_N, REVERSE,
             )  # fmt: skip
-            states = _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
             read = tl.sum(states * _of_step(C_tile, t, PADDED_N), axis=0, keep_dims=True)
             out = tl.where(tl.arange(0, T)[:, None] == t, out + read, out)
             if sequence_of is not None:
                 if some_end:
-                    sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
-                    ends = (sequence >= 0) & (sequence != _sequence_at(tile + t + 1, length, sequence_of, REVERSE))
-                    tl.store(final + sequence.to(tl.int64) * N * inner + place, states, mask=real_state & ends)
+                    sequence, ends = _parted(tile + t, tile + t + 1, length, sequence_of, REVERSE)
+                    tl.store(final + sequence * N * inner + place, states, mask=real_state & ends)
         if z is not None:
             gate = _tile(z, z_row, z_time, row, first, away, e, real & some)
             out *= gate * sigmoid(gate)
@@ -611,9 +630,8 @@ def _gradient_after(
     if sequence_of is not None:
         if dfinal is not None:
             if some_end:
-                sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
-                ends = (sequence >= 0) & (sequence != _sequence_at(tile + t + 1, length, sequence_of, REVERSE))
-                at = dfinal + sequence.to(tl.int64) * N * inner + place
+                sequence, ends = _parted(tile + t, tile + t + 1, length, sequence_of, REVERSE)
+                at = dfinal + sequence * N * inner + place
                 carry += tl.load(at, mask=real_state & ends, other=0.0)
     return carry
 
@@ -628,10 +646,8 @@ def _leave_backwards(
 ):  # fmt: skip
     """The same as `_leave` for gradients of the state, which enter a stretch at its end."""
     e = channels(tl.program_id(0), BLOCK)
-    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some, place = e < inner, n * inner + e
-    real_state = some & (n < N)
+    some, place, real_state = _states_of(e, inner, N, PADDED_N)
     a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     stop = tl.minimum(begin + steps, length)
@@ -686,10 +702,8 @@ def _gradients(
     """
     block = tl.program_id(0)
     e = channels(block, BLOCK)
-    n = tl.arange(0, PADDED_N)[:, None]
     stretch, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    some, place = e < inner, n * inner + e
-    real_state = some & (n < N)
+    some, place, real_state = _states_of(e, inner, N, PADDED_N)
     a = tl.load(A + place, mask=real_state, other=0.0)
     begin = stretch * steps
     program = row * tl.num_programs(1) + stretch
@@ -757,11 +771,10 @@ def _gradients(
             states = entered
             after = tl.zeros([T, PADDED_N, BLOCK], tl.float32)
             for t in tl.static_range(T):
-                states = _found(
-                    states, goes_on, some_start, initial, place, real_state, sequence_of, tile, length, inner,
-                    t, T, N, REVERSE,
+                states = _after_step(
+                    states, step_size, drive, a, B_tile, goes_on, some_start, initial, place, real_state, sequence_of,
+                    tile, length, inner, t, T, N, PADDED_N, REVERSE,
                 )  # fmt: skip
-                states = _decay(step_size, a, t, T) * states + _row(drive, t, T) * _of_step(B_tile, t, PADDED_N)
                 after = tl.where(tl.arange(0, T)[:, None, None] == t, states[None, :, :], after)
             out = tl.zeros([T, BLOCK], tl.float32)
             drive_gradient = tl.zeros([T, BLOCK], tl.float32)
@@ -796,10 +809,8 @@ def _gradients(
                 if sequence_of is not None:
                     if initial is not None:
                         if some_start:
-                            sequence = _sequence_at(tile + t, length, sequence_of, REVERSE)
-                            earlier = _sequence_at(tile + t - 1, length, sequence_of, REVERSE)
-                            starts = (sequence >= 0) & (sequence != earlier)
-                            given_here = dinitial + sequence.to(tl.int64) * N * inner
+                            sequence, starts = _parted(tile + t, tile + t - 1, length, sequence_of, REVERSE)
+                            given_here = dinitial + sequence * N * inner
                             tl.store(given_here + place, carry, mask=real_state & starts)
                 carry = _unless_start(carry, goes_on, t, T)
             values = _tile(x, x_row, x_time, row, first, away, e, here)
