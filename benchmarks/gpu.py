@@ -311,7 +311,7 @@ def main() -> None:
             json.dump(content, file, indent=1)
 
     if not arguments.no_tests and content.get("tests_passed", {}).get("commit") != stamp()["commit"]:
-        # one at a time, they compile for a quarter of an hour; another machine's packages may have warnings of their own
+        # one at a time they would compile for too long; another machine's packages have warnings of their own
         many = ["-n", "auto", "-W", "default"]
         subprocess.run([sys.executable, "-m", "pytest", "-q", *many, "-m", "gpu", TESTS], check=True)
         content["tests_passed"] = stamp()
