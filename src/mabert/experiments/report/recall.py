@@ -32,6 +32,12 @@ FAMILIES = {
     "merged": tuple(f"parallel-{fusion}" for fusion in FUSIONS if fusion.startswith("merge-attention")),
 }
 """Hybrids that are compared together. Merged attention stands apart: it is one more mixer, without rotary positions."""
+COMPARED = ("parallel", "merged")
+"""With the sequential ones."""
+ASKED = ("spread", "early")
+"""Places of the facts for which a change with length is decided on: anywhere, and as far as can be."""
+LEVEL = 0.05
+"""Of all such decisions together."""
 LEAST_SEEDS = 5
 """With fewer of them nothing is said about what differs."""
 assert PROBES.keys() == MEMORIES.keys() - {"both"}  # as it is, a model is asked by place
@@ -206,8 +212,13 @@ class _Kind:
             if beyond := [length for length in lengths if length not in self.trained_on(pairs)]:
                 notes.append(f"{self.titled(pairs)}: no row of training had {_listed(beyond)} tokens.")
             notes += self.alone_and_fused(pairs, self.trained_on(pairs))
-            for place in ("spread", "early"):
-                notes += self.findings(pairs, place, lengths)
+            for place in ASKED:
+                notes += self.findings(pairs, place)
+        if len(self.seeds) >= LEAST_SEEDS:
+            notes.append(
+                f"Intervals of changes with length are wide enough that all {self.statements} of them hold the truth "
+                f"with {1 - LEVEL:.0%} (Bonferroni)."
+            )
         caption = f"Facts anywhere in the row. {self.about()} Bars: ± standard deviation over the seeds."
         legend = key((model, style(model)) for model in HYBRIDS)
         return Figure(f"Recall by length · {self.kind}", caption, legend, panels, self.wanted, notes)
@@ -228,33 +239,50 @@ class _Kind:
             f"{means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
         ]
 
-    def findings(self, pairs: int, place: str, lengths: Sequence[int]) -> list[str]:
+    def spans(self, pairs: int) -> dict[tuple[int, int], str]:
+        """From which length to which a change is decided on: within training, and from there to the longest."""
+        trained, longest = self.trained_on(pairs), self.lengths()[pairs][-1]
+        spans = {(trained[0], trained[-1]): "", (trained[-1], longest): ", beyond training"}
+        return {(first, last): where for (first, last), where in spans.items() if first < last}
+
+    def findings(self, pairs: int, place: str) -> list[str]:
         """Whether a family of hybrids recalls better than the sequential ones, and more so in longer rows.
 
-        Differences are of means over the families, seed by seed. One thing is decided for each family: whether the
-        difference at the greatest of the lengths is another one than at the least. Nothing while cells are missing.
+        Differences are of means over the families, seed by seed. Decided is for each family and span of lengths whether
+        the difference changes. Nothing while cells are missing.
         """
+        lengths = self.lengths()[pairs]
         means = {family: [self.family(family, pairs, length, place) for length in lengths] for family in FAMILIES}
         if not all(seeds for of in means.values() for seeds in of):
             return []
         notes = []
-        for family in ("parallel", "merged"):
-            differences = [
-                [100 * (one - other) for one, other in zip(ours, theirs, strict=True)]
-                for ours, theirs in zip(means[family], means["sequential"], strict=True)
-            ]
+        for family in COMPARED:
+            differences = {
+                length: [100 * (one - other) for one, other in zip(ours, theirs, strict=True)]
+                for length, ours, theirs in zip(lengths, means[family], means["sequential"], strict=True)
+            }
             said = f"{self.titled(pairs)}, {place}: {family} minus sequential, in points: "
-            said += ", ".join(
-                f"{fmean(of):+.1f}{_within(of)} at {length:,}" for length, of in zip(lengths, differences, strict=True)
-            )
+            said += ", ".join(f"{fmean(of):+.1f}{_within(of)} at {length:,}" for length, of in differences.items())
             if len(self.seeds) < LEAST_SEEDS:
                 notes.append(f"{said}; too few seeds to decide anything.")
                 continue
-            changes = [last - first for first, last in zip(differences[0], differences[-1], strict=True)]
-            low, high = (round(bound, 1) + 0.0 for bound in mean_interval(changes))
-            verdict = "gains with length" if low > 0 else "loses with length" if high < 0 else "no change with length"
-            notes.append(f"{said} (95%, over the seeds). From first to last {low:+.1f} to {high:+.1f}: {verdict}.")
+            said += " (95% each, over the seeds)."
+            for (first, last), where in self.spans(pairs).items():
+                changes = [after - before for before, after in zip(differences[first], differences[last], strict=True)]
+                said += f" From {first:,} to {last:,}{where}: {self.decided(changes)}."
+            notes.append(said)
         return notes
+
+    def decided(self, changes: Sequence[float]) -> str:
+        """Whether a difference changes with length, in points, at a level that holds for all such statements."""
+        low, high = (round(bound, 1) + 0.0 for bound in mean_interval(changes, 1 - LEVEL / self.statements))
+        verdict = "gains with length" if low > 0 else "loses with length" if high < 0 else "no change seen"
+        return f"{low:+.1f} to {high:+.1f}, {verdict}"
+
+    @property
+    def statements(self) -> int:
+        """How many changes are decided on in the figure."""
+        return sum(len(self.spans(pairs)) for pairs in self.lengths()) * len(COMPARED) * len(ASKED)
 
     def family(self, family: str, pairs: int, length: int, place: str) -> list[float]:
         """Means over a family, one a seed; empty while cells are missing."""
