@@ -110,7 +110,7 @@ def glue(
     """
     from mabert.experiments.cells import CellStore, matching
     from mabert.experiments.finetuning import Finetuning
-    from mabert.experiments.glue import checkpoints_of, glue_cells, score_table
+    from mabert.experiments.glue import about_scores, checkpoints_of, glue_cells, score_table
     from mabert.experiments.sources import Sources
 
     chosen = resized(scale, [name for name in models if "=" in name])
@@ -129,6 +129,7 @@ def glue(
         for row in rows:
             grid.add_row(*map(escape, row))
         output.print(grid)
+        output.print(about_scores(finetuning, checkpoints), highlight=False)
 
 
 def report(

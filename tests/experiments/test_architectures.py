@@ -28,6 +28,12 @@ def test_below_base_all_have_as_many_parameters_outside_the_embeddings(name, sca
     assert theirs == pytest.approx(ours, rel=0.006)
 
 
+@pytest.mark.parametrize("name", MABERTS)
+def test_at_base_too_scan_directions_have_as_many_parameters(name):
+    ours, theirs = (encoder_parameters(architecture(of, SCALES["base"](), VOCABULARY)) for of in ("MaBERT", name))
+    assert theirs == pytest.approx(ours, rel=0.001)
+
+
 def test_parameters_of_an_encoder_are_counted_without_tables_and_pooler():
     config = architecture("BERT", SCALES["tiny"](), VOCABULARY)
     with torch.device("meta"):

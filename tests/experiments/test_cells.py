@@ -178,7 +178,7 @@ def test_what_a_cell_left_behind_goes_once_its_result_is_kept(store, tmp_path):
     scratch = tmp_path / "scratch"
 
     def run():
-        scratch.mkdir()
+        (scratch / "model").mkdir()
         assert not store.path(cell).exists()
         return {}
 
@@ -191,7 +191,7 @@ def test_what_it_left_behind_goes_also_when_only_its_artifact_was_missing(store,
     artifact, scratch = tmp_path / "artifact", tmp_path / "scratch"
 
     def run():
-        scratch.mkdir()
+        (scratch / "model").mkdir()
         artifact.touch()
         return {}
 
@@ -202,6 +202,34 @@ def test_what_it_left_behind_goes_also_when_only_its_artifact_was_missing(store,
     run_cells([after], store, console=QUIET)
     assert artifact.exists()
     assert not scratch.exists()
+
+
+@pytest.mark.parametrize("changed", ["nothing", "choices", "weights"])
+def test_a_cell_goes_on_from_what_it_left_itself_only(store, tmp_path, changed):
+    """A run that was stopped has left a checkpoint; then the choices or the model that it starts from are others."""
+    scratch, weights = tmp_path / "scratch", tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("trained")
+    base = Cell("base", {}, dict, artifact=weights.parent / "config.json")
+    base.artifact.touch()
+    found = []
+
+    def run():
+        found.append((scratch / "checkpoint").exists())
+        (scratch / "checkpoint").touch()
+        raise KeyboardInterrupt
+
+    def cell(steps):
+        return Cell("a", {"steps": steps}, run, needs=(base,), scratch=scratch)
+
+    run_cells([base], store, console=QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([cell(3)], store, console=QUIET)
+    if changed == "weights":
+        weights.write_text("trained again")
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([cell(4 if changed == "choices" else 3)], store, console=QUIET)
+    assert found == [False, changed == "nothing"]
 
 
 def test_the_time_ends_a_run_whose_training_finished_in_the_last_moment(store):

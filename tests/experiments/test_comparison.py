@@ -56,6 +56,7 @@ def test_two_rows_by_hand():
         "confidence": 0.95,
         "rows": 2,
         "seeds": 1,
+        "pretrained": 1,
         "resamples": 2000,
         "undefined": 0,
     }
@@ -69,6 +70,27 @@ def test_two_seeds_by_hand():
     gold, never = np.ones(50, dtype=int), np.zeros((2, 50), dtype=int)
     found = paired_comparison(gold, np.stack([gold, never[0]]), never, "accuracy")
     assert (found["difference"], found["low"], found["high"]) == (0.5, 0.0, 1.0)
+
+
+def test_pretrained_models_are_drawn_before_their_seeds():
+    """The first model of A is always right, the second never, by each of its 20 seeds: seeds drawn at random from all
+    40 would make the interval look narrow."""
+    gold = np.ones(50, dtype=int)
+    always, never = np.tile(gold, (20, 1)), np.zeros((20, 50), dtype=int)
+    a, b = np.concatenate([always, never]), np.zeros((40, 50), dtype=int)
+    found = paired_comparison(gold, a, b, "accuracy", pretrained=2)
+    assert (found["difference"], found["low"], found["high"]) == (0.5, 0.0, 1.0)
+    assert (found["seeds"], found["pretrained"]) == (40, 2)
+    as_one = paired_comparison(gold, a, b, "accuracy")
+    assert 0.3 < as_one["low"] < as_one["high"] < 0.7
+
+
+def test_seeds_are_drawn_within_their_pretrained_model():
+    """One model with the same two seeds as two models' one each: the chance of the seeds is the same."""
+    gold, never = np.ones(50, dtype=int), np.zeros((2, 50), dtype=int)
+    a = np.stack([gold, never[0]])
+    found = [paired_comparison(gold, a, never, "accuracy", pretrained=n) for n in (1, 2)]
+    assert [(one["low"], one["high"]) for one in found] == [(0.0, 1.0)] * 2
 
 
 def test_the_difference_is_that_of_the_means_over_seeds():
@@ -258,6 +280,7 @@ def test_metrics_of_tables_are_nan_where_the_package_raises():
         ([0, -1], [[0, 1]], [[0, 1]], {}, "gold must hold classes"),
         ([0, 1, 2], [[0, 1, 2]], [[0, 1, 2]], {"metric": "f1"}, "f1 is that of class 1 of two classes.*label 2"),
         ([0, 1], [[0, 1]], [[0, 1]], {"resamples": 0}, "resamples=0 must be at least 1"),
+        ([0, 1], [[0, 1]] * 3, [[0, 1]] * 3, {"pretrained": 2}, "3 seeds are not as many of each of pretrained=2"),
         ([0, 1], [[0, 1]], [[0, 1]], {"confidence": 95}, "confidence=95 between 0 and 1"),
     ],
 )

@@ -145,6 +145,20 @@ def test_times_of_another_machine_are_other_cells(monkeypatch):
     assert elsewhere == here | {"hardware": "another card"} != here
 
 
+def test_a_measured_process_has_the_threads_that_its_cell_tells_of(tmp_path):
+    """Also where this process was given another number than a fresh one takes."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            cell = cells_of(tiny(), "cpu")["efficiency/cpu/fp32/inference/BERT/128"]
+            assert cell.config["threads"] == cell.run()["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+    paper = next(iter(cells_of(tiny(), "paper").values()))
+    assert paper.config["threads"] is None
+
+
 def test_processors_of_one_name_are_told_apart_by_their_instructions(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     names = []

@@ -103,12 +103,18 @@ def test_a_signal_to_the_parent_ends_the_process(run, tmp_path, monkeypatch):
     [
         ({"raise": "a planted mistake"}, "(?s)failed with exit status 1.*a planted mistake"),
         ({"signal": signal.SIGABRT}, "ended with SIGABRT"),
-        ({"signal": signal.SIGKILL}, "killed, probably by the system for want of memory"),
+        ({"signal": signal.SIGKILL}, "ended with SIGKILL"),
     ],
 )
 def test_any_other_failure_raises_and_says_what_it_wrote(run, request_, message):
     with pytest.raises(RuntimeError, match=message):
         run(request_)
+
+
+def test_a_process_that_the_system_killed_for_want_of_memory_was_out_of_memory(run, monkeypatch):
+    killed = iter([3, 4])
+    monkeypatch.setattr(fresh_process, "_killed_for_memory", lambda: next(killed))
+    assert run({"signal": signal.SIGKILL})["out_of_memory"]
 
 
 def test_another_system_is_told_so(run, monkeypatch):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -243,13 +244,144 @@ def test_paired_differences_are_bold_where_the_interval_excludes_zero(patterns: 
     split = split | {"difference": -0.01, "low": -0.09, "high": 0.07}
     put(patterns, "comparisons/MaBERT--TTTTTTTTTTTT/RTE", {"splits": {"dev": split}})
     page = report(patterns.parent)
-    tables = [figure for figure in page.figures if figure["text"].startswith("MaBERT minus")]
+    tables = [figure for figure in page.figures if " minus each of the others" in figure["text"]]
     for table in tables:
         row = next(row for row in table["rows"] if row[0] == "TTTTTTTTTTTT")
         assert row[1:] == ["+0.220 [+0.010, +0.400]", "−0.010 [−0.090, +0.070]"]
         assert table["bold"] == ["+0.220"]
-        assert "95% interval, by paired bootstrap over 2 runs of each model" in table["text"]
+        said = "95% interval, by paired bootstrap over 1 pretraining seed, 2 fine-tuning seeds of each"
+        assert said in table["text"]
+        assert "The chance in pretraining is not in it." in table["text"]
+        assert "delete" not in table["text"]
     assert len(tables) == 2, "among the patterns and among the baselines"
+
+
+def test_of_several_pretraining_seeds_the_chance_is_in_a_comparison(patterns: Path) -> None:
+    split = {"metric": "mcc", "difference": 0.22, "low": 0.01, "high": 0.4, "confidence": 0.95, "rows": 9}
+    split |= {"seeds": 6, "pretrained": 2}
+    put(patterns, "comparisons/MaBERT--TTTTTTTTTTTT/CoLA", {"splits": {"dev": split}})
+    text = report(patterns.parent).figure("MaBERT minus")["text"]
+    assert "over 2 pretraining seeds, 3 fine-tuning seeds of each" in text
+    assert "The chance in pretraining" not in text
+
+
+def test_a_comparison_of_runs_that_were_made_again_is_named(patterns: Path) -> None:
+    split = {"metric": "mcc", "difference": 0.23, "low": 0.01, "high": 0.4, "confidence": 0.95, "rows": 9, "seeds": 2}
+    put(patterns, "comparisons/MaBERT--TTTTTTTTTTTT/CoLA", {"splits": {"dev": split}})
+    text = report(patterns.parent).figure("MaBERT minus")["text"]
+    assert "Runs were made again since: delete comparisons/MaBERT--TTTTTTTTTTTT/CoLA and run" in text
+
+
+def test_differences_and_averages_on_a_part_of_the_data_say_so(results: Path) -> None:
+    for model, budget in (("MaBERT", "@10"), ("BERT", "@10"), ("MaBERT", ""), ("BERT", "")):
+        tuned(results / "tiny", f"{model}{budget}", "CoLA", [0.4, 0.5], "mcc")
+        tuned(results / "tiny", f"{model}{budget}", "RTE", [0.6, 0.7], "accuracy", "(train subset, 99 rows)")
+        if model == "BERT":
+            split = {"metric": "accuracy", "difference": 0.0, "low": -0.1, "high": 0.1, "confidence": 0.95, "seeds": 2}
+            put(results / "tiny", f"comparisons/MaBERT{budget}--BERT{budget}/RTE", {"splits": {"dev": split}})
+    page = report(results)
+    for title in ("Table B1", "Table 2"):
+        head = page.figure(title)["rows"][0]
+        assert "(train subset, 99 rows)" not in head[1]
+        assert "(train subset, 99 rows)" in head[2]
+        assert "(RTE: subset)" in head[3]
+    tables = [figure for figure in page.figures if figure["text"].startswith("MaBERT minus")]
+    assert len(tables) == 3  # after each budget, and among the baselines
+    assert all("(train subset, 99 rows)" in table["rows"][0][2] for table in tables)
+    assert "Average of 2 GLUE scores (RTE: subset) after each budget" in page.figure("Figure 3")["text"]
+
+
+def test_patterns_without_mabert_are_shown(results: Path) -> None:
+    for pattern in ("TTTTTTTTTTTT", "MMMMMMMMMMMM"):
+        tuned(results / "tiny", f"{pattern}@20", "CoLA", [0.4, 0.5], "mcc")
+    assert set(report(results).rows("Table 1")) >= {"TTTTTTTTTTTT", "MMMMMMMMMMMM"}
+
+
+# What the paper's tables begin with: CoLA of the first model
+PUBLISHED = {
+    "Table B1": {"MaBERT": "0.574 ±0.016", "BERT": "0.419 ±0.017"},
+    "Table B2": {"MaBERT": "0.612 ±0.015", "BERT": "0.452 ±0.018"},
+    "Table B3": {"MaBERT": "0.634 ±0.020", "BERT": "0.515 ±0.018"},
+    "Table 2": {"MaBERT": "0.676 ±0.018", "BERT": "0.522 ±0.017"},
+    "Table 3 · PSM and MAP, centred": {
+        "Full": "0.676 ±0.018",
+        "PSM only": "0.641 ±0.022",
+        "MAP only": "0.661 ±0.018",
+        "None": "0.596 ±0.027",
+    },
+    "Table B4 · Pooling, causal": {
+        "MAP": "0.676 ±0.018",
+        "ATTN": "0.648 ±0.015",
+        "CLS": "0.661 ±0.011",
+        "MaskedMean": "0.651 ±0.018",
+    },
+}
+OURS = {
+    **{f"MaBERT{budget}": 0.10 + n / 100 for n, budget in enumerate(("@10", "@25", "@50", ""))},
+    **{f"BERT{budget}": 0.20 + n / 100 for n, budget in enumerate(("@10", "@25", "@50", ""))},
+    **{
+        f"{model}~psm={psm},pooling={pooling}": first + n / 100
+        for model, first in (("MaBERT", 0.3), ("MaBERT-forward-causal", 0.4))
+        for n, (psm, pooling) in enumerate(
+            [("pre+post", pooling) for pooling in ("map", "cls", "attention", "mean")]
+            + [("none", pooling) for pooling in ("map", "cls")]
+        )
+    },
+}
+"""An invented score of its own for every model."""
+
+
+def test_every_row_has_its_own_scores_beside_its_own_published_ones(results: Path) -> None:
+    for model, score in OURS.items():
+        tuned(results / "tiny", model, "CoLA", [score], "mcc")
+    page = report(results)
+    for title, rows in PUBLISHED.items():
+        found = page.rows(title)
+        for row, published in rows.items():
+            assert found[f"{row}, published"][0] == published, (title, row)
+    ours = {title: [page.rows(title)[row][0] for row in rows] for title, rows in PUBLISHED.items()}
+    assert ours == {
+        "Table B1": ["0.100", "0.200"],
+        "Table B2": ["0.110", "0.210"],
+        "Table B3": ["0.120", "0.220"],
+        "Table 2": ["0.130", "0.230"],
+        "Table 3 · PSM and MAP, centred": ["0.300", "0.310", "0.340", "0.350"],
+        "Table B4 · Pooling, causal": ["0.400", "0.420", "0.410", "0.430"],
+    }
+
+
+def test_the_two_dev_sets_of_mnli_are_told_apart(results: Path) -> None:
+    for model in ("MaBERT", "BERT"):
+        scores = {"dev_matched": 0.6, "dev_mismatched": 0.7}
+        put(results / "tiny", f"finetuning/{model}/0/MNLI/0", finetuned(scores))
+    table = report(results)
+    assert [column.split()[0] for column in table.figure("Table 2")["rows"][0][1:3]] == ["MNLI-m", "MNLI-mm"]
+    assert table.rows("Table 2")["BERT"][:2] == ["0.600", "0.700"]
+    assert table.rows("Table 2")["BERT, published"][:2] == ["0.826 ±0.014", "0.829 ±0.011"]
+
+
+def test_what_a_number_is_of_stands_beside_it(results: Path) -> None:
+    for length, kind in ((128, "original_full"), (1024, "block_sparse")):
+        cell = efficiency_cell(tiny(), "paper", "bf16", "inference", "BigBird", length)
+        put(
+            results / "tiny",
+            cell.name,
+            time_of(7.0) | {"peak_gpu_bytes": 2**20, "warm_up": 11, "big_bird_attention": kind},
+            cell.config,
+        )
+    page = report(results)
+    memory, inference = (
+        page.figure(f"{title}, paper")["text"] for title in ("Table B5 · Peak memory", "Table B7 · Inference")
+    )
+    assert "bf16 is autocast: weights are in float32" in memory
+    assert "autocast" not in inference
+    for text in (memory, inference):
+        assert "BigBird attends to everything at 128 tokens, as it does in such short rows." in text
+        assert "after 11 runs to warm up." in text
+
+
+def test_bigbird_in_short_rows_is_said_to_attend_to_everything(invented: Page) -> None:
+    assert invented.text.count("BigBird attends to everything in rows of up to 704 tokens") == 2
 
 
 def test_tokens_are_counted_stage_by_stage() -> None:
@@ -272,7 +404,13 @@ def timed(folder: Path, kind: str, model: str, length: int, result: dict) -> Non
 
 
 def time_of(milliseconds: float) -> dict:
-    return {"median_ms": milliseconds, "samples_ms": [milliseconds] * 2, "repetitions": 2, "peak_resident_bytes": 2**29}
+    return {
+        "median_ms": milliseconds,
+        "samples_ms": [milliseconds] * 2,
+        "repetitions": 2,
+        "warm_up": 1,
+        "peak_resident_bytes": 2**29,
+    }
 
 
 def test_no_published_time_stands_beside_batches_of_mixed_lengths(results: Path) -> None:
@@ -670,3 +808,15 @@ def test_a_result_without_what_is_needed_is_named(patterns: Path) -> None:
 )
 def test_what_the_browser_reports_is_a_fault_or_not(method: str, params: dict, fault: str | None) -> None:
     assert screenshot_report.fault_of({"method": method, "params": params}, "file:///page.html") == fault
+
+
+@pytest.mark.parametrize("faults", [[], ["console error: planted"]])
+def test_a_fault_that_was_looked_at_fails_the_command(
+    patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: list[str]
+) -> None:
+    monkeypatch.setenv("CHROMIUM", "a browser")
+    monkeypatch.setattr(screenshot_report, "chromium", lambda executable: contextlib.nullcontext())
+    monkeypatch.setattr(screenshot_report, "look", lambda browser, page, view, output: faults)
+    words = ["screenshot_report.py", "--results", str(patterns.parent), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert screenshot_report.main() == len(faults)

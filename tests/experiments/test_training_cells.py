@@ -10,7 +10,8 @@ from tiny_experiments import QUIET, SECONDS, suite, write_data
 
 from mabert.data import generated
 from mabert.data.corpus import CorpusError
-from mabert.experiments.cells import run_cells
+from mabert.experiments.cells import CellStore, run_cells
+from mabert.experiments.finetuning import Contender
 from mabert.experiments.sources import Sources
 
 
@@ -24,7 +25,7 @@ def made(tmp_path_factory):
     cells = [
         *ours.finetuning.scores(mabert),
         *ours.finetuning.scores(mabert, {"psm": "none", "pooling": "cls"}),
-        ours.finetuning.comparison(mabert, bert, "RTE"),
+        ours.finetuning.comparison(Contender(mabert), Contender(bert), "RTE"),
     ]
     run_cells(cells, ours.finetuning.store, console=QUIET)
     return ours, cells, folder
@@ -88,6 +89,21 @@ def test_a_run_keeps_its_scores_and_predictions(made):
         assert "subset, 24 rows" in dev["subset"]
 
 
+def test_each_run_has_its_own_seed_and_all_of_them_the_scales_choices(made, monkeypatch):
+    ours, seen = made[0], []
+
+    def finetune(config, **kwargs):
+        seen.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr("mabert.experiments.finetuning.finetune", finetune)
+    for cell in ours.finetuning.runs(ours.pretraining.checkpoints("MaBERT"), "RTE"):
+        with pytest.raises(InterruptedError):
+            cell.run()
+    assert [config.seed for config in seen] == [0, 1]
+    assert {(config.max_train_rows, config.max_length, config.bf16) for config in seen} == {(16, 16, False)}
+
+
 def test_no_fine_tuned_model_is_left(made):
     assert not list((made[2] / "work" / "finetuning").rglob("*.safetensors"))
     assert list((made[2] / "work" / "pretraining").rglob("*.safetensors"))
@@ -136,6 +152,38 @@ def test_a_comparison_is_that_of_the_kept_predictions(made):
     assert result["difference"] == pytest.approx(means[0] - means[1])
     assert result["low"] <= result["difference"] <= result["high"]
     assert result["seeds"] == 2
+
+
+def test_a_comparison_pairs_the_seeds(tmp_path, monkeypatch):
+    """Seeds of very different quality, and the other model 5 rows worse than each: only paired is that so sure."""
+    ours = suite(tmp_path, replace(SECONDS, finetuning_seeds=4, pretraining_seeds=2))
+    gold = np.arange(400) % 2
+    monkeypatch.setattr(Sources, "gold", lambda self, task: {"dev": gold.tolist()})
+    contenders = [Contender(ours.pretraining.checkpoints(name)) for name in ("MaBERT", "BERT")]
+    wrong = {}
+    for worse, contender in enumerate(contenders):
+        for number, cell in enumerate(ours.finetuning.runs(contender.checkpoints, "acceptability")):
+            wrong[cell.name] = 20 * number + 5 * worse
+    monkeypatch.setattr(
+        CellStore,
+        "read",
+        lambda self, cell: {
+            "predictions": {"dev": "".join(map(str, np.where(np.arange(400) < wrong[cell.name], 1 - gold, gold)))}
+        },
+    )
+    (found,) = ours.finetuning.comparison(*contenders, "acceptability").run()["splits"].values()
+    assert found["difference"] == pytest.approx(5 / 400)
+    assert 0 < found["low"] < found["high"] < 10 / 400
+    assert (found["seeds"], found["pretrained"]) == (8, 2)
+
+
+def test_variants_are_compared_as_variants(made):
+    ours = made[0]
+    checkpoints = ours.pretraining.checkpoints("MaBERT")
+    full, less = (Contender(checkpoints, {"psm": psm, "pooling": "map"}) for psm in ("pre+post", "none"))
+    cell = ours.finetuning.comparison(full, less, "RTE")
+    assert cell.name == "comparisons/MaBERT~psm=pre+post,pooling=map--MaBERT~psm=none,pooling=map/RTE"
+    assert [run["variant"]["psm"] for run in cell.config["runs"]] == ["pre+post"] * 2 + ["none"] * 2
 
 
 def test_nothing_finished_is_repeated(made, monkeypatch):
@@ -198,6 +246,20 @@ def test_other_code_makes_other_generated_data(tmp_path, monkeypatch):
     now = Sources(SECONDS, tmp_path)
     assert now.cell().config != text
     assert now.task_identity("acceptability") != task
+
+
+def test_tables_that_other_code_generated_are_not_taken(tmp_path, monkeypatch):
+    sources = Sources(SECONDS, tmp_path)
+    before = sources.task_choices("acceptability")["train"].read_text()
+    (tmp_path / "generated.py").write_text("# other code\n")
+    monkeypatch.setattr(generated, "__file__", str(tmp_path / "generated.py"))
+
+    def write_tables(folder):
+        for split in ("train", "dev"):
+            (folder / f"{split}.tsv").write_text("sentence\tlabel\n")
+
+    monkeypatch.setattr(generated, "write_tables", write_tables)
+    assert sources.task_choices("acceptability")["train"].read_text() != before
 
 
 def test_the_text_is_cut_at_the_scales_lines(tmp_path):

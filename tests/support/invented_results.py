@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -116,10 +117,18 @@ def everything(results: Path, name: str, seed: int = 0) -> Path:
             config,
         )
         _finetune(folder, scale, model, quality, rng)
+        if architecture != "MaBERT":
+            _compare(folder, scale, model.replace(architecture, "MaBERT"), model)
     for architecture in ("MaBERT", "MaBERT-forward-causal"):
-        for variant in ("pre+post,pooling=map", "pre+post,pooling=cls", "none,pooling=map", "none,pooling=cls",
-                        "pre+post,pooling=attention", "pre+post,pooling=mean"):  # fmt: skip
-            _finetune(folder, scale, f"{architecture}~psm={variant}", rng.gauss(0, 0.02), rng)
+        full, *variants = [
+            f"{architecture}~psm={variant}"
+            for variant in ("pre+post,pooling=map", "pre+post,pooling=cls", "none,pooling=map", "none,pooling=cls",
+                            "pre+post,pooling=attention", "pre+post,pooling=mean")
+        ]  # fmt: skip
+        _finetune(folder, scale, full, rng.gauss(0, 0.02), rng)
+        for variant in variants:
+            _finetune(folder, scale, variant, rng.gauss(0, 0.02), rng)
+            _compare(folder, scale, full, variant)
     _drift(folder, rng)
     _efficiency(folder, scale, rng)
     _transpoints(folder, scale, rng)
@@ -150,19 +159,32 @@ def _finetune(folder: Path, scale: Scale, model: str, quality: float, rng: rando
             scores = {split: BEST[task] + 2 * quality + rng.gauss(0, 0.012) for split in splits}
             subset = "(train subset, 10000 rows)" if task == "SST-2" else ""
             put(folder, f"finetuning/{model}/0/{task}/{seed}", finetuned(scores, subset, metric))
-        if "~" not in model and not model.startswith("MaBERT@") and model != "MaBERT":
-            one = "MaBERT" + ("@" + model.partition("@")[2] if "@" in model else "")
-            middle = rng.gauss(0.02, 0.02)
-            split = {
+
+
+def _compare(folder: Path, scale: Scale, one: str, other: str) -> None:
+    for task in scale.tasks:
+        metric, splits = main_metric(task), {}
+        for split in [score.split for score in SCORES if score.task == task]:
+            means = [
+                fmean(
+                    json.loads((folder / f"finetuning/{model}/0/{task}/{seed}.json").read_text())["result"]["splits"][
+                        split
+                    ]["metrics"][metric]
+                    for seed in range(scale.finetuning_seeds)
+                )
+                for model in (one, other)
+            ]
+            splits[split] = {
                 "metric": metric,
-                "difference": middle,
-                "low": middle - 0.025,
-                "high": middle + 0.02,
+                "difference": means[0] - means[1],
+                "low": means[0] - means[1] - 0.025,
+                "high": means[0] - means[1] + 0.02,
                 "confidence": 0.95,
                 "rows": 1043,
                 "seeds": scale.finetuning_seeds,
+                "pretrained": 1,
             }
-            put(folder, f"comparisons/{one}--{model}/{task}", {"splits": dict.fromkeys(splits, split)})
+        put(folder, f"comparisons/{one}--{other}/{task}", {"splits": splits})
 
 
 def _drift(folder: Path, rng: random.Random) -> None:
@@ -201,6 +223,7 @@ def _transpoints(folder: Path, scale: Scale, rng: random.Random) -> None:
             "median_ms": milliseconds,
             "samples_ms": [milliseconds * rng.gauss(1, 0.03) for _ in range(5)],
             "repetitions": 5,
+            "warm_up": 1,
             "peak_resident_bytes": 2**29,
         }
         put(folder, cell.name, result, cell.config)
@@ -266,6 +289,7 @@ def _efficiency(folder: Path, scale: Scale, rng: random.Random) -> None:
                             "median_ms": milliseconds,
                             "samples_ms": [milliseconds * rng.gauss(1, 0.03) for _ in range(5)],
                             "repetitions": 5,
+                            "warm_up": 1,
                             "peak_resident_bytes" if protocol == "cpu" else "peak_gpu_bytes": memory,
                         }
                         if model == "DeBERTa" and length == max(lengths) and kind == "training":

@@ -87,3 +87,38 @@ def test_a_run_goes_on_with_its_own_choices_only(tmp_path):
     )
     with pytest.raises(ValueError, match=r"other choices: epochs was 3, is now 4; seed was 1, is now 2\. Take the old"):
         config(seed=2, epochs=4).check_resumes(tmp_path)
+
+
+MODEL_FILES = ("model/config.json", "model/model.safetensors", "model/tokenizer.json")
+
+
+@pytest.mark.parametrize("source", ["tables", "glue"])
+@pytest.mark.parametrize("changed", [*MODEL_FILES, "train", "dev", "model/README.md"])
+def test_a_run_goes_on_with_the_files_it_began_with_only(tmp_path, source, changed):
+    folder = tmp_path if source == "tables" else tmp_path / "glue" / "RTE"
+    data = {"train": folder / "train.tsv", "dev": folder / "dev.tsv"}
+    for path in (*data.values(), *(tmp_path / name for name in (*MODEL_FILES, "model/README.md"))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    begun = config(model=tmp_path / "model", **data if source == "tables" else glue_task_in(tmp_path))
+    begun.save(tmp_path)
+    path = data.get(changed, tmp_path / changed)
+    path.write_text("changed")
+    if changed == "model/README.md":
+        begun.check_resumes(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=f"began with other content of {path}. Put it back"):
+            begun.check_resumes(tmp_path)
+    path.unlink()
+    begun.check_resumes(tmp_path)  # a finished run outlives what it was made from
+
+
+def glue_task_in(folder):
+    return {"train": None, "task": "RTE", "glue": folder / "glue"}
+
+
+@pytest.mark.parametrize("source", ["tables", "glue"])
+def test_a_run_that_holds_dev_out_of_train_reads_no_other(tmp_path, source):
+    data = {"train": "a.tsv", "dev": "b.tsv", "test": "c.tsv"} if source == "tables" else glue_task_in(tmp_path)
+    names = [path.name for path in config(**data, dev_from_train=True).reads]
+    assert names == ["a.tsv" if source == "tables" else "train.tsv"]

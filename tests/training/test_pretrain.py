@@ -222,6 +222,18 @@ def test_going_on_with_other_choices_is_refused_with_their_names(prepared, basel
     assert "another output folder" in str(raised.value)
 
 
+def test_going_on_from_another_model_is_refused(prepared, finished, tmp_path):
+    start = shutil.copytree(finished[0].output, tmp_path / "start")
+    begun = config(prepared, output=tmp_path / "run", model=None, init_from=start)
+    begun.output.mkdir()
+    begun.save(begun.output)
+    begun.check_resumes(begun.output)
+    weights = start / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"began with other content of .*model\.safetensors"):
+        pretrain(begun, console=Console(quiet=True))
+
+
 def test_a_run_from_before_an_option_existed_goes_on(prepared, baseline):
     path = prepared / "baseline" / "pretrain_config.json"
     saved = json.loads(path.read_text())

@@ -91,13 +91,19 @@ def glue_task(name: str) -> GlueTask:
     return by_lower[name.lower()]
 
 
+def glue_paths(folder: str | Path, task: str | GlueTask, *, splits: Collection[str] | None = None) -> dict[str, Path]:
+    """Where `glue_files` looks for them."""
+    task = glue_task(task) if isinstance(task, str) else task
+    return {split: Path(folder, task.name, f"{split}.tsv") for split in task.rows if splits is None or split in splits}
+
+
 def glue_files(folder: str | Path, task: str | GlueTask, *, splits: Collection[str] | None = None) -> dict[str, Path]:
     """Return {"train": Path, "dev": Path} of ``folder/<task>/*.tsv``, or those of ``splits`` only.
 
     Raises TableError for a file that is missing, with the list of those expected.
     """
     task = glue_task(task) if isinstance(task, str) else task
-    paths = {split: Path(folder, task.name, f"{split}.tsv") for split in task.rows if splits is None or split in splits}
+    paths = glue_paths(folder, task, splits=splits)
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
         expected = ", ".join(f"{task.name}/{split}.tsv" for split in task.rows)
         raise TableError(f"{', '.join(missing)} not found; {task.name} in the official GLUE layout is {expected}")

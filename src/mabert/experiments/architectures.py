@@ -173,8 +173,9 @@ def architecture(
 ) -> PreTrainedConfig:
     """The config of an architecture at a scale.
 
-    Below base the width of its FFN is chosen so that it has as many parameters outside the embeddings as MaBERT; of
-    ALBERT the unshared ones count, so that it has the same width and not the same size.
+    Below base the width of its FFN is chosen so that it has as many parameters outside the embeddings as MaBERT, of
+    MaBERT's own variants at base too; of ALBERT the unshared ones count, so that it has the same width and not the
+    same size.
 
     Args:
         vocabulary: that of the common tokenizer; without it each model has its own published size.
@@ -183,7 +184,7 @@ def architecture(
     longest = longest or max(scale.stage_lengths)
     build = builder(name)
     ffn = scale.intermediate_size
-    if scale.match_parameters and name != "MaBERT":
+    if name != "MaBERT" and (scale.match_parameters or name in MABERTS):
         target = encoder_parameters(builder("MaBERT")(scale, ffn, vocabulary, longest))
         ffn = matching_width(target, lambda width: encoder_parameters(build(scale, width, vocabulary, longest)))
         if ffn < STEP:

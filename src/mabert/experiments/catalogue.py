@@ -1,14 +1,14 @@
 """Every experiment as the list of its cells. Cells that several of them share are computed once."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mabert.experiments.architectures import BASELINES, MABERTS
 from mabert.experiments.cells import Cell
 from mabert.experiments.drift import drift_cells
 from mabert.experiments.efficiency import efficiency_cells
-from mabert.experiments.finetuning import Finetuning
+from mabert.experiments.finetuning import Contender, Finetuning
 from mabert.experiments.paraphrase import Paraphrase
 from mabert.experiments.pretraining import Pretraining
 from mabert.experiments.recall import Recall
@@ -38,7 +38,7 @@ class Suite:
     def budgets(self) -> Iterator[Cell]:
         """Figure 3, Tables B1 to B3 and 2: six models after four budgets of pretraining."""
         for budget in self.scale.budgets:
-            yield from self._scored(("MaBERT", *BASELINES), budget)
+            yield from self._compared(BASELINES, budget)
 
     def ablations(self) -> Iterator[Cell]:
         """Table 3: with and without PSM and MAP, from one checkpoint."""
@@ -96,29 +96,45 @@ class Suite:
             if name == "paraphrase" and not self.pretraining.sources.has_pairs:
                 logger.warning("paraphrase is left out: %s has no folder paraphrase/", self.pretraining.sources.data)
             elif name != "all":
-                yield from EXPERIMENTS[name](self)
+                yield from self._of_this_machine(EXPERIMENTS[name](self), name)
 
-    def _scored(self, names: Iterable[str], budget: float = 1.0) -> Iterator[Cell]:
-        for name in names:
-            checkpoints = self.pretraining.checkpoints(name, budget)
-            for checkpoint in checkpoints:
-                yield from checkpoint.needs
-            yield from self.finetuning.scores(checkpoints)
+    def _of_this_machine(self, cells: Iterable[Cell], name: str) -> Iterator[Cell]:
+        """Without times where some were measured on another machine: those of two are not of one table."""
+        cells, store = list(cells), self.finetuning.store
+        for cell in cells:
+            there = store.machine(cell) if cell.alone else {}
+            here = {key: cell.config.get(key) for key in there}
+            if there != here:
+                logger.warning(
+                    "%s: times are left out. %s is of %s, and this is %s: name another results folder to measure here.",
+                    *(name, store.path(cell), there, here),
+                )
+                cells = [cell for cell in cells if not cell.alone]
+                break
+        yield from cells
 
     def _compared(self, names: Iterable[str], budget: float = 1.0) -> Iterator[Cell]:
-        """The models' scores, and how each differs from MaBERT."""
-        names = list(dict.fromkeys(["MaBERT", *names]))
-        yield from self._scored(names, budget)
-        ours = self.pretraining.checkpoints("MaBERT", budget)
-        for name in names[1:]:
-            for task in self.finetuning.sources.tasks:
-                yield self.finetuning.comparison(ours, self.pretraining.checkpoints(name, budget), task)
+        """The models' scores, and how MaBERT differs from each."""
+        names = dict.fromkeys(["MaBERT", *names])
+        yield from self._contest([Contender(self.pretraining.checkpoints(name, budget)) for name in names])
 
     def _ablated(self, variants: list[tuple[str, str]]) -> Iterator[Cell]:
+        """The variants' scores, and how the first one differs from each."""
         for name in ABLATED:
-            for psm, pooling in variants:
-                variant = {"psm": psm, "pooling": pooling}
-                yield from self.finetuning.scores(self.pretraining.checkpoints(name), variant)
+            checkpoints = self.pretraining.checkpoints(name)
+            yield from self._contest(
+                [Contender(checkpoints, {"psm": psm, "pooling": pooling}) for psm, pooling in variants]
+            )
+
+    def _contest(self, contenders: Sequence[Contender]) -> Iterator[Cell]:
+        first, *others = contenders
+        for one in contenders:
+            for checkpoint in one.checkpoints:
+                yield from checkpoint.needs
+            yield from self.finetuning.scores(one.checkpoints, one.variant)
+        for other in others:
+            for task in self.finetuning.sources.tasks:
+                yield self.finetuning.comparison(first, other, task)
 
 
 def named(pattern: str) -> str:

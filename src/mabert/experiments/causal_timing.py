@@ -34,6 +34,8 @@ class CausalTiming:
     """Only one mixer of TransMamba, forward and backward, with this TransPoint; otherwise a model's training step."""
     bf16: bool
     device: str
+    threads: int | None = None
+    """Of a CPU; torch's own number by default."""
     warm_up: int = 1
     repetitions: int
     seconds: float
@@ -92,7 +94,7 @@ def mixer_pass(config: Any, timing: CausalTiming) -> tuple[Callable[[], None], i
 def main() -> None:
     """Measure what the command line asks for."""
     timing = CausalTiming(**json.loads(sys.argv[1]))
-    print_result(lambda: measure(timing), timing.device)
+    print_result(lambda: measure(timing), timing.device, timing.threads)
 
 
 if __name__ == "__main__":

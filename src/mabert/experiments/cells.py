@@ -23,11 +23,15 @@ from typing import Any
 from rich.console import Console
 
 from mabert.experiments.stamp import stamp
-from mabert.files import atomic_write, lock
+from mabert.files import atomic_write, digest, lock
 from mabert.training.callbacks import TrainingInterruptedError, say
 
 WAIT_SECONDS = 2.0
 TIME_IS_UP = "the time is up"
+MACHINE = ("hardware", "threads")
+"""In the config of a cell that measures time: where it did."""
+BEGUN = "cell.json"
+"""In a cell's scratch folder: what it was begun with."""
 WEIGHTS = "weights"
 """In a result: digest of the weights of the model that it is about."""
 
@@ -106,6 +110,12 @@ class CellStore:
             )
         return True
 
+    def machine(self, cell: Cell) -> dict[str, Any]:
+        """What of a cell's choices is the machine's, as it was when it was measured; empty where it was not."""
+        path = self.path(cell)
+        config = json.loads(path.read_text(encoding="utf-8"))["config"] if path.exists() else {}
+        return {name: config[name] for name in MACHINE if name in config}
+
     def is_ready_for_others(self, cell: Cell) -> bool:
         """Whether cells that need this one can run."""
         return self.is_finished(cell) and (cell.artifact is None or cell.artifact.exists())
@@ -116,10 +126,28 @@ class CellStore:
 
     def run(self, cell: Cell, origin: dict[str, Any]) -> None:
         """Compute a cell and keep its result with all that it comes from, of which `origin` is the stamp."""
+        if cell.scratch is not None:
+            self._begin(cell, cell.scratch)
         result = cell.run()
         self._keep(cell, result, origin)
         if cell.scratch is not None:
             shutil.rmtree(cell.scratch, ignore_errors=True)
+
+    def _begin(self, cell: Cell, scratch: Path) -> None:
+        """Keep what an earlier try of this cell left in its folder, nothing of one with other choices or weights."""
+        path = scratch / BEGUN
+        weights = {
+            need.name: {file.name: digest(file) for file in sorted(need.artifact.parent.glob("*.safetensors"))}
+            for need in cell.needs
+            if need.artifact is not None
+        }
+        now = json.dumps({"config": _plain(cell.config), "weights": weights})
+        if scratch.exists() and not (path.exists() and path.read_text(encoding="utf-8") == now):
+            logger.warning("%s begins anew: %s was left by other choices, or another model", cell.name, scratch)
+            shutil.rmtree(scratch)
+        scratch.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            file.write(now)
 
     def _keep(self, cell: Cell, result: dict[str, Any], origin: dict[str, Any]) -> None:
         if self.is_finished(cell):  # only its artifact was missing; the result that others saw stays

@@ -41,6 +41,7 @@ def paired_comparison(
     predicted_b: np.ndarray,
     metric: str,
     *,
+    pretrained: int = 1,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -48,27 +49,33 @@ def paired_comparison(
     """How much better A does than B on the same rows, with a bootstrap interval.
 
     Each resample draws the rows anew with replacement, and the fine-tuning seeds too, as pairs: seed i of A with seed i
-    of B. The interval holds the middle `confidence` of the resampled differences. It speaks of these pretrained models,
-    not of others pretrained alike. One seed shows the chance of the rows alone. Where few seeds differ in how good they
-    are, the interval is too narrow, as any bootstrap of few; where they err on rows of their own, it is too wide.
+    of B. The interval holds the middle `confidence` of the resampled differences. With one pretrained model of each it
+    speaks of these two, not of others pretrained alike; of several, those are drawn first, also as pairs, and then the
+    seeds of each. One seed shows the chance of the rows alone. Where few seeds differ in how good they are, the
+    interval is too narrow, as any bootstrap of few; where they err on rows of their own, it is too wide.
 
     Args:
         gold: (rows,) labels, int64.
         predicted_a: (seeds, rows) labels.
         predicted_b: (seeds, rows) labels.
         metric: accuracy, f1 or mcc.
+        pretrained: models behind the seeds, which stand model by model, as many of each.
 
     Returns:
-        {"metric", "difference", "low", "high", "confidence", "rows", "seeds", "resamples", "undefined"}: the difference
-        is the mean over the seeds of A's score minus B's. A resample on which a seed's metric is undefined (MCC where
-        all gold labels drawn are the same, F1 where no label is 1) is left out of the interval and counted.
+        {"metric", "difference", "low", "high", "confidence", "rows", "seeds", "pretrained", "resamples", "undefined"}:
+        the difference is the mean over the seeds of A's score minus B's. A resample on which a seed's metric is
+        undefined (MCC where all gold labels drawn are the same, F1 where no label is 1) is left out of the interval and
+        counted.
 
     Raises:
-        ValueError: shapes do not fit, a label is no class, the metric is another one or undefined on the rows
-            themselves, or more than a twentieth of the resamples is undefined.
+        ValueError: shapes do not fit, the seeds are not as many of each pretrained model, a label is no class, the
+            metric is another one or undefined on the rows themselves, or more than a twentieth of the resamples is
+            undefined.
     """
     predicted = _checked(gold, predicted_a, predicted_b, metric, resamples, confidence)
     seeds, rows = predicted_a.shape
+    if pretrained < 1 or seeds % pretrained:
+        raise ValueError(f"{seeds} seeds are not as many of each of pretrained={pretrained} models.")
     scores = [compute_metrics([metric], gold, labels)[metric] for labels in predicted]
     difference = statistics.fmean(scores[:seeds]) - statistics.fmean(scores[seeds:])
 
@@ -83,7 +90,7 @@ def paired_comparison(
         drawn = rng.multinomial(rows, counts / rows, size=size).astype(np.float64)
         tables = (drawn @ cells).reshape(2, seeds, size, classes, classes)
         a, b = metric_of_tables(metric, tables)
-        weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
+        weights = _drawn_seeds(rng, pretrained, seeds // pretrained, size) / seeds
         found.append(np.where(weights > 0, weights * (a - b).T, 0.0).sum(axis=1))
     differences = np.concatenate(found)
     undefined = int(np.isnan(differences).sum())
@@ -102,9 +109,17 @@ def paired_comparison(
         "confidence": confidence,
         "rows": rows,
         "seeds": seeds,
+        "pretrained": pretrained,
         "resamples": resamples,
         "undefined": undefined,
     }
+
+
+def _drawn_seeds(rng: np.random.Generator, pretrained: int, of_each: int, size: int) -> np.ndarray:
+    """How often each seed is drawn, (size, pretrained · of_each): first models, then seeds of each drawn one."""
+    models = rng.multinomial(pretrained, np.full(pretrained, 1 / pretrained), size=size)
+    drawn = [rng.multinomial(of_each * times, np.full(of_each, 1 / of_each)) for times in models.T]
+    return np.concatenate(drawn, axis=1)
 
 
 def metric_of_tables(metric: str, tables: np.ndarray) -> np.ndarray:

@@ -99,6 +99,7 @@ def efficiency_cell(scale: Scale, name: str, precision: str, kind: str, model: s
         warm_up=protocol.warm_up,
         repetitions=min(protocol.repetitions, scale.repetitions),
         seconds=scale.cell_seconds,
+        threads=threads(protocol.choices["device"]),
         **protocol.choices,
     )
     return Cell(
@@ -120,6 +121,11 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def threads(device: str) -> int | None:
+    """Those that a measured process on a CPU has: as many as this one."""
+    return torch.get_num_threads() if device == "cpu" else None
 
 
 def size_of(scale: Scale) -> dict[str, Any]:

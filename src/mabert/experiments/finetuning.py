@@ -49,6 +49,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """What is set beside something else: an architecture, perhaps as a variant."""
+
+    checkpoints: Sequence[Checkpoint]
+    """One for each pretraining seed."""
+    variant: Variant = None
+
+    @property
+    def name(self) -> str:
+        """As in the names of its cells."""
+        return f"{self.checkpoints[0].name}{suffix(self.variant)}"
+
+
+@dataclass(frozen=True)
 class Finetuning:
     """Fine-tunes checkpoints on the tasks of `sources`, by the grid and the seeds of its scale."""
 
@@ -92,13 +106,13 @@ class Finetuning:
             scratch=self._output(checkpoint, f"{task}{suffix(variant)}-{seed}"),  # a model that nobody needs again
         )
 
-    def comparison(self, one: Sequence[Checkpoint], other: Sequence[Checkpoint], task: str) -> Cell:
-        """How much better one architecture is than another, with a confidence interval over seeds and rows."""
-        ones, others = self.runs(one, task), self.runs(other, task)
+    def comparison(self, one: Contender, other: Contender, task: str) -> Cell:
+        """How much better one is than another, with a confidence interval over seeds and rows."""
+        ones, others = self.runs(one.checkpoints, task, one.variant), self.runs(other.checkpoints, task, other.variant)
         return Cell(
-            name=f"comparisons/{one[0].name}--{other[0].name}/{task}",
+            name=f"comparisons/{one.name}--{other.name}/{task}",
             config={"runs": [cell.config for cell in (*ones, *others)], "metric": main_metric(task)},
-            run=partial(self._compare, ones, others, task),
+            run=partial(self._compare, ones, others, task, len(one.checkpoints)),
             needs=(*ones, *others),
         )
 
@@ -159,14 +173,18 @@ class Finetuning:
             },
         }
 
-    def _compare(self, ones: list[Cell], others: list[Cell], task: str) -> dict[str, Any]:
+    def _compare(self, ones: list[Cell], others: list[Cell], task: str, pretrained: int) -> dict[str, Any]:
         def predictions(cells: list[Cell], split: str) -> np.ndarray:
             return np.array([[int(digit) for digit in self.store.read(cell)["predictions"][split]] for cell in cells])
 
         return {
             "splits": {
                 split: paired_comparison(
-                    np.array(gold), predictions(ones, split), predictions(others, split), main_metric(task)
+                    np.array(gold),
+                    predictions(ones, split),
+                    predictions(others, split),
+                    main_metric(task),
+                    pretrained=pretrained,
                 )
                 for split, gold in self.sources.gold(task).items()
             }

@@ -34,7 +34,8 @@ def in_fresh_process(
         memory_bytes: it is ended when more than that is resident; by default nine tenths of what is free now.
 
     Returns:
-        The answer, or `{"out_of_memory": True}` or `{"over_time": True}` where the process had to be ended; in every
+        The answer, or `{"out_of_memory": True}` or `{"over_time": True}` where the process had to be ended, by this
+        one or by the system; in every
         case with the limits and the machine's load before the start, unless the answer has words of its own for them.
 
     Raises:
@@ -50,6 +51,7 @@ def in_fresh_process(
     }
     text = json.dumps(request)
     STARTER.set_forkserver_preload([__name__, module])  # heard by the first call only, which starts the one that forks
+    killed_before = _killed_for_memory()
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
         process = STARTER.Process(target=_answer, args=(module, text, output, errors))
@@ -59,6 +61,8 @@ def in_fresh_process(
         finally:
             if process.is_alive():
                 _end(process)
+        if process.exitcode == -signal.SIGKILL and _killed_for_memory() > killed_before:
+            verdict = verdict or "out_of_memory"
         if verdict:
             return around | {verdict: True}
         if process.exitcode:
@@ -100,9 +104,12 @@ def _end(process: ForkServerProcess) -> None:
     process.join()
 
 
+def _killed_for_memory() -> int:
+    """How many processes the system has killed because it had no memory left."""
+    return _field(Path("/proc/vmstat"), "oom_kill ")
+
+
 def _how_it_ended(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "was killed, probably by the system for want of memory: give it a lower limit"
     return f"ended with {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
 
 

@@ -8,7 +8,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from mabert.data.tokenizer import tokenizer_hash
 from mabert.experiments.cells import Cell
 from mabert.experiments.comparison import mean_and_spread
-from mabert.experiments.finetuning import Checkpoint, Finetuning, main_metric
+from mabert.experiments.finetuning import Checkpoint, Contender, Finetuning, main_metric
 from mabert.files import digest
 from mabert.inference.loading import ModelFolderError, load_config, load_matching_tokenizer
 
@@ -37,8 +37,22 @@ def glue_cells(finetuning: Finetuning, checkpoints: Sequence[Checkpoint]) -> lis
     """All runs of each model, and the first model's comparison with each other one."""
     cells = [cell for checkpoint in checkpoints for cell in finetuning.scores([checkpoint])]
     for other in checkpoints[1:]:
-        cells += [finetuning.comparison(checkpoints[:1], [other], task) for task in finetuning.sources.tasks]
+        cells += [_comparison(finetuning, checkpoints[0], other, task) for task in finetuning.sources.tasks]
     return cells
+
+
+def _comparison(finetuning: Finetuning, one: Checkpoint, other: Checkpoint, task: str) -> Cell:
+    return finetuning.comparison(Contender([one]), Contender([other]), task)
+
+
+def about_scores(finetuning: Finetuning, checkpoints: Sequence[Checkpoint]) -> str:
+    """What the table's numbers are, in a sentence or two."""
+    seeds = finetuning.sources.scale.finetuning_seeds
+    spread = "mean ± standard deviation over" if seeds > 1 else "of"
+    said = f"Scores: {spread} {seeds} fine-tuning seed{'s' * (seeds > 1)}, one pretrained model each."
+    if len(checkpoints) > 1:
+        said += " Differences: with their 95% interval, by paired bootstrap over those seeds and the rows."
+    return said
 
 
 def score_table(finetuning: Finetuning, checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, ...]]:
@@ -50,7 +64,7 @@ def score_table(finetuning: Finetuning, checkpoints: Sequence[Checkpoint]) -> It
     for task in finetuning.sources.tasks:
         runs = [[finetuning.store.read(cell) for cell in finetuning.runs([model], task)] for model in checkpoints]
         compared = [
-            finetuning.store.read(finetuning.comparison(checkpoints[:1], [other], task)) for other in checkpoints[1:]
+            finetuning.store.read(_comparison(finetuning, checkpoints[0], other, task)) for other in checkpoints[1:]
         ]
         metric = main_metric(task)
         for split, example in runs[0][0]["splits"].items():

@@ -13,7 +13,7 @@ from typing import Any
 from mabert.data import generated
 from mabert.data.corpus import SUFFIXES, CorpusError, iter_documents
 from mabert.data.formats import read_lines
-from mabert.data.glue import glue_files, load_glue
+from mabert.data.glue import glue_files, glue_paths, load_glue
 from mabert.data.paraphrase import Pair, read_pairs
 from mabert.data.shards import MANIFEST, prepare_shards
 from mabert.data.tables import read_table
@@ -130,11 +130,11 @@ class Sources:
         return {name: [int(label) for label in table.labels or ()] for name, table in tables.items()}
 
     def sentences(self) -> tuple[str, list[str]]:
-        """What they are, and sentences whose drift under padding is measured."""
+        """What they are, and sentences whose drift under padding is measured; generated where the data have no CoLA."""
         rows = self.scale.drift_rows
-        if self.data is None:
+        if self.data is None or not glue_paths(self.data / "glue", "CoLA")["dev"].exists():
             return "generated sentences", generated.sentences(rows or 1_000, GENERATED_SEED)
-        return "CoLA dev", load_glue(self.data / "glue", "CoLA")["dev"].texts[:rows]
+        return "CoLA dev", load_glue(self.data / "glue", "CoLA", splits=("dev",))["dev"].texts[:rows]
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
         """Passages with their paraphrases, to train on, and held out, in a random order: every tenth, without those of
@@ -183,7 +183,7 @@ class Sources:
         return found
 
     def _tables(self) -> Path:
-        folder = self.work / GENERATED_TASK
+        folder = self.work / f"{GENERATED_TASK}-{generator()[GENERATED][:8]}"
         if not folder.exists():
             with atomic_folder(folder, replace=True) as temporary:
                 generated.write_tables(temporary)

@@ -51,6 +51,8 @@ class Timing:
     """Autocast of float32 weights."""
     device: str
     """cpu or cuda."""
+    threads: int | None = None
+    """Of a CPU; torch's own number by default."""
     rows: int = 1
     """Sequences of a batch. A training step takes as many of them at a time as fit on a GPU, and accumulates."""
     warm_up: int = 1
@@ -341,8 +343,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def print_result(measured: Callable[[], dict[str, Any]], device: str) -> None:
+def print_result(measured: Callable[[], dict[str, Any]], device: str, threads: int | None) -> None:
     """As JSON, for the process that waits for it; want of memory is a result."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         result = measured()
     except (MemoryError, RuntimeError) as error:
@@ -357,7 +361,7 @@ def print_result(measured: Callable[[], dict[str, Any]], device: str) -> None:
 def main() -> None:
     """Measure what the command line asks for."""
     timing = Timing(**json.loads(sys.argv[1]))
-    print_result(lambda: measure(timing), timing.device)
+    print_result(lambda: measure(timing), timing.device, timing.threads)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from mabert.causal_config import TransMambaConfig
 from mabert.experiments.causal_architectures import CAUSAL_REFERENCES, HYBRIDS, causal_architecture, transmamba_name
 from mabert.experiments.causal_timing import CausalTiming
 from mabert.experiments.cells import Cell
-from mabert.experiments.efficiency import PATIENCE, START_SECONDS, hardware
+from mabert.experiments.efficiency import PATIENCE, START_SECONDS, hardware, threads
 from mabert.experiments.fresh_process import in_fresh_process
 from mabert.experiments.pretraining import pretraining_cell
 from mabert.experiments.scales import SCALES, CausalScale, Scale
@@ -108,14 +108,15 @@ def layer_cells(scale: Scale, precision: str) -> Iterator[Cell]:
 
 
 def _timing(scale: Scale, cell: str, name: str, length: int, precision: str, point: int | None) -> Cell:
-    timed = SCALES[scale.causal.timed]().causal
+    timed, device = SCALES[scale.causal.timed]().causal, "cuda" if torch.cuda.is_available() else "cpu"
     timing = CausalTiming(
         architecture=name,
         size=size_of(timed),
         length=length,
         point=point,
         bf16=precision == "bf16",
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
+        threads=threads(device),
         repetitions=scale.repetitions,
         seconds=scale.cell_seconds,
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mabert.config import CHOICES
-from mabert.data.glue import glue_task
-from mabert.training.run_config import RunConfig
+from mabert.data.glue import glue_paths, glue_task
+from mabert.training.run_config import RunConfig, model_files
 
 Selection = Literal["last", "best"]
 
@@ -149,6 +149,16 @@ class FinetuneConfig(RunConfig):
     def holds_dev_out(self) -> bool:
         """Whether dev is a part of train."""
         return self.dev_from_train or (self.task is None and self.dev is None)
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The model to start from, and the data."""
+        if self.task is not None and self.glue is not None:
+            tables: dict[str, Path | None] = {**glue_paths(self.glue, self.task)}
+        else:
+            tables = {name: getattr(self, name) for name in ("train", "dev", "test")}
+        wanted = [path for name, path in tables.items() if path and (name == "train" or not self.dev_from_train)]
+        return (*model_files(self.model), *wanted)
 
     @property
     def overrides(self) -> tuple[tuple[str, str], ...]:

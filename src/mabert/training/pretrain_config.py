@@ -14,7 +14,7 @@ from mabert.data.rows import MIN_LENGTH, Packing
 from mabert.training.batches import WorldLayout
 from mabert.training.objectives import objective_of, takes_seq_idx
 from mabert.training.optim import BUDGET_MODES
-from mabert.training.run_config import RunConfig
+from mabert.training.run_config import RunConfig, model_files
 
 FROM_TOKENIZER = ("vocab_size", "pad_token_id")
 LR_SCHEDULES = ("linear", "cosine")
@@ -184,6 +184,11 @@ class PretrainConfig(RunConfig):
         WorldLayout(self.batch_size, self.micro_batch_size)
         if isinstance(self.model, PreTrainedConfig):
             check_trainable(self.model, self)
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The model to start from; tokenised text is compared with its sources by its own manifest."""
+        return model_files(self.init_from) if self.init_from else ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; of the model, what differs from the default and is not the tokenizer's."""

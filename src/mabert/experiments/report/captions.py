@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from mabert.experiments.report.collect import Results
+from mabert.experiments.timing import BLOCK_SPARSE_ABOVE
 
 NOT_COMPARABLE = "small-scale: not comparable with published scores"
 
@@ -39,6 +40,7 @@ def trained_again(results: Results, names: Iterable[str]) -> list[str]:
     models = []
     for name in names:
         _, model, seed, *_ = name.split("/")
+        seed = seed if seed.isdigit() else "0"  # drift is measured on the first one
         pretraining = results.found([f"pretraining/{model.partition('~')[0]}/{seed}"])
         weights = {record.result.get("weights") for record in (*pretraining, *results.found([name]))} - {None}
         if len(weights) > 1 and model not in models:
@@ -46,6 +48,15 @@ def trained_again(results: Results, names: Iterable[str]) -> list[str]:
     if not models:
         return []
     return [f"Pretrained again since, by the same choices: {', '.join(models)}. Its numbers are of several models."]
+
+
+def full_attention(results: Results) -> str:
+    """What has to be said of BigBird where no row is long enough for its own attention."""
+    if max(results.scale.stage_lengths) > BLOCK_SPARSE_ABOVE:
+        return ""
+    return (
+        f"BigBird attends to everything in rows of up to {BLOCK_SPARSE_ABOVE} tokens, longer ones than there are here."
+    )
 
 
 def _pretraining_counts(results: Results, models: Sequence[str]) -> list[int]:

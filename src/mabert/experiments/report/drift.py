@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mabert.experiments.architectures import MABERTS
 from mabert.experiments.drift import MEASURES
-from mabert.experiments.report.captions import at_scale
+from mabert.experiments.report.captions import at_scale, trained_again
 from mabert.experiments.report.collect import Record, Results
 from mabert.experiments.report.markup import DASH, Column, Entry, Figure, Panel, Row, Section, Table
 from mabert.experiments.report.plots import Axis, Series, plot
@@ -77,7 +77,15 @@ def _table(results: Results, names: Sequence[tuple[str, ...]]) -> Table:
     )
     columns = [Column(mode) for mode in modes]
     wanted = [_cell(name) for name in names]
-    return Table("Drift of [CLS] at the most pads", caption, columns, rows, wanted, head="scan, convolution, pads")
+    return Table(
+        "Drift of [CLS] at the most pads",
+        caption,
+        columns,
+        rows,
+        wanted,
+        trained_again(results, wanted),
+        head="scan, convolution, pads",
+    )
 
 
 def _cell(name: tuple[str, ...]) -> str:

@@ -115,12 +115,13 @@ class Group:
             f"{'training' if record.config['training'] else 'inference'} at batch {record.config['rows']}"
             for record in found
         )
-        repetitions = [record.at("repetitions") for record in found if not failure(record)]
+        fine = [record for record in found if not failure(record)]
+        repetitions, warm_up = ([record.at(what) for record in fine] for what in ("repetitions", "warm_up"))
         size = found[0].config["size"]["name"]
         models = f"models of scale {size}{'' if size == 'base' else f', {NOT_COMPARABLE}'}"
         return (
             f"{ABOUT[self.protocol]}; {self.precision}; {models}; {', '.join(batches)}; medians of "
-            f"{counted(repetitions, 'repetition')}."
+            f"{counted(repetitions, 'repetition')} after {counted(warm_up, 'run')} to warm up."
         )
 
     def figure(self) -> Figure:
@@ -169,10 +170,27 @@ class Group:
         notes = [PUBLISHED_ON] if paper else []
         if quantity is MEMORY and self.protocol == "cpu":
             notes.append("Ours is what is resident, Python and its libraries included.")
+        notes += self.remarks(quantity)
         if first_counts:
             notes.append("Where a second run would have taken longer than a cell may, the first one counts.")
         title = f"{quantity.table} · {quantity.title.capitalize()}, {self.protocol}, {self.precision}"
         return Table(title, self.about(quantity.kind), columns, rows, self.wanted(quantity.kind), notes)
+
+    def remarks(self, quantity: Quantity) -> list[str]:
+        """What the numbers of single models are of."""
+        said = []
+        if self.precision == "bf16" and quantity is MEMORY:
+            said.append(
+                "bf16 is autocast: weights are in float32, and what is made of them in bfloat16 counts as well."
+            )
+        full = [
+            f"{length:,}"
+            for length, record in self.records(quantity.kind, "BigBird").items()
+            if record.result.get("big_bird_attention") == "original_full"
+        ]
+        if full:
+            said.append(f"BigBird attends to everything at {', '.join(full)} tokens, as it does in such short rows.")
+        return said
 
     def headline(self) -> Table:
         """Mean of the five baselines over MaBERT at the longest length that all six have."""

@@ -1,6 +1,7 @@
 """The comparisons at equal tokens: the baselines, and our own study of scan direction and convolution."""
 
 from mabert.experiments.architectures import BASELINES, MABERTS
+from mabert.experiments.report.captions import full_attention
 from mabert.experiments.report.collect import Models, Results
 from mabert.experiments.report.markup import Figure, Section, Table
 from mabert.experiments.report.pretraining import loss_figure, pretraining_table
@@ -12,7 +13,7 @@ OTHERS = ("ModernBERT", "MMMMMMMMMMMM", "TTTTTTTTTTTT", "TTTTTTTTTTTT+rope")
 def baselines(results: Results) -> Section | None:
     """MaBERT, the paper's five baselines, ModernBERT, and Mamba or attention alone."""
     models = [(name, name) for name in ("MaBERT", *BASELINES, *OTHERS)]
-    return _section(results, "baselines", "Baselines at equal tokens", models)
+    return _section(results, "baselines", "Baselines at equal tokens", models, full_attention(results))
 
 
 def directions(results: Results) -> Section | None:
@@ -21,7 +22,10 @@ def directions(results: Results) -> Section | None:
         (f"{choices['scan_direction']}, {choices['conv_mode']}{' (MaBERT)' if name == 'MaBERT' else ''}", name)
         for name, choices in MABERTS.items()
     ]
-    about = "A study of our own: the paper never says in which direction it scans, nor what its convolution sees."
+    about = (
+        "A study of our own: the paper never says in which direction it scans, nor what its convolution sees. All have "
+        "as many parameters outside the embeddings, by the width of the FFN."
+    )
     return _section(results, "directions", "Scan direction and convolution", models, about)
 
 
@@ -32,5 +36,5 @@ def _section(results: Results, name: str, title: str, models: Models, about: str
     if any(results.found(results.pretrainings(model)) for _, model in models):
         blocks += [loss_figure(results, name, models), pretraining_table(results, models)]
     if results.scores():
-        blocks += [score_table(results, "Tasks", models, {}), *comparison_tables(results, models)]
+        blocks += [score_table(results, "Tasks", models, {}), *comparison_tables(results, models, "MaBERT")]
     return Section(name, title, blocks, about)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from mabert.experiments.architectures import BASELINES
 from mabert.experiments.catalogue import PATTERN, named
 from mabert.experiments.published import published
-from mabert.experiments.report.captions import seeds
+from mabert.experiments.report.captions import full_attention, seeds, trained_again
 from mabert.experiments.report.collect import Results, model_name
 from mabert.experiments.report.markup import Figure, Html, Panel, Section, Table
 from mabert.experiments.report.plots import Axis, Series, plot
@@ -14,6 +14,7 @@ from mabert.experiments.report.scores import (
     comparison_tables,
     glue_scores,
     is_compared,
+    on_subsets,
     published_average,
     score_table,
 )
@@ -66,7 +67,7 @@ def patterns(results: Results) -> Section | None:
             has_pretraining=True,
             notes=() if budget == 0.1 else ["Published: after 10% of the paper's steps."],
         )
-        tables += [table, *comparison_tables(results, models)]
+        tables += [table, *comparison_tables(results, models, model_name("MaBERT", budget))]
     return Section("patterns", "Layer patterns", tables) if tables else None
 
 
@@ -79,13 +80,14 @@ def budgets(results: Results) -> Section | None:
         if results.scores() and is_compared(results, models):
             title, source = BUDGETS.get(budget, ("Pretraining budget", ""))
             title = f"{title} · {budget:.0%} of the pretraining steps"
-            tables.append(score_table(results, title, models, published()[source] if source else {}))
+            table = score_table(results, title, models, published()[source] if source else {})
+            tables += [table, *comparison_tables(results, models, model_name("MaBERT", budget))]
             measured.append(budget)
     if not tables:
         return None
     about = (
         "Each budget is a run of its own: its share of the steps, the same schedule of lengths, and a learning rate "
-        "that has decayed to zero at its end."
+        f"that has decayed to zero at its end. {full_attention(results)}"
     )
     return Section("budgets", "Pretraining budgets", [_budget_figure(results, names, measured), *tables], about)
 
@@ -116,9 +118,8 @@ def _variant_tables(
             settings = "; ".join(f"{row}: psm {psm}, pooling {pool}" for row, (psm, pool) in variants.items())
             about = f"{architecture}. {settings}."
             title_of_one = f"{title}, {convolution} convolution"
-            tables.append(
-                score_table(results, title_of_one, models, paper, about=about, head="variant", notes=[MISPRINT])
-            )
+            table = score_table(results, title_of_one, models, paper, about=about, head="variant", notes=[MISPRINT])
+            tables += [table, *comparison_tables(results, models, models[0][1])]
     return tables
 
 
@@ -139,9 +140,12 @@ def _budget_figure(results: Results, names: Sequence[str], measured: Sequence[fl
         panels.append(Panel("published", _budget_plot(f"{identity}-published", names, list(BUDGETS), theirs)))
     models = [model_name(name, budget) for budget in measured for name in names]
     what = f"Average of {len(glue)} GLUE scores" if glue else "Score of the generated task"
-    caption = f"{what} after each budget of pretraining; a point needs all tasks and seeds. {seeds(results, models)}"
-    notes = ["The paper gives no deviation of its averages."] if glue else []
+    caption = (
+        f"{' '.join([what, *on_subsets(results, glue or scores, models)])} after each budget of pretraining; "
+        f"a point needs all tasks and seeds. {seeds(results, models)}"
+    )
     wanted = [name for model in models for score in scores for name in results.finetunings(model, score.task)]
+    notes = [*(["The paper gives no deviation of its averages."] if glue else []), *trained_again(results, wanted)]
     legend = key((name, style(name)) for name in names)
     return Figure("Figure 3 · Score across pretraining budgets", caption, legend, panels, wanted, notes)
 

@@ -1,6 +1,7 @@
 """Tables of task scores: mean ± standard deviation over seeds, beside the published ones, and paired differences."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mabert.experiments.comparison import mean_and_spread
@@ -12,6 +13,7 @@ from mabert.experiments.report.pretraining import first_length, held_out, parame
 Published = dict[str, dict[str, Any]]
 """How a row is called -> title of a column -> [mean, standard deviation]."""
 
+ROUNDING = 1e-9
 METRICS = {"mcc": "Matthews corr.", "accuracy": "accuracy", "f1": "F1"}
 
 
@@ -43,7 +45,7 @@ def score_table(
     names = [model for _, model in models]
     columns = [_column(results, score, names) for score in scores]
     if len(averaged) > 1:
-        columns.append(Column("average", (f"of {len(averaged)}",), "high"))
+        columns.append(Column("average", (f"of {len(averaged)}", *on_subsets(results, averaged, names)), "high"))
     if has_pretraining:
         columns.append(Column("held-out loss", ("nats", f"rows of {first_length(results)}"), "low"))
         columns.append(Column("parameters", ("millions",)))
@@ -85,9 +87,18 @@ def _row(label: str, entries: list[Entry], width: int, source: Source) -> Row:
 
 def _column(results: Results, score: Score, models: Iterable[str]) -> Column:
     """Its metric, and what has to stand beside scores on a part of the data."""
+    return Column(score.title, (METRICS[score.metric], *_subsets(results, score, models)), "high")
+
+
+def _subsets(results: Results, score: Score, models: Iterable[str]) -> list[str]:
     records = [record for model in models for record in results.found(results.finetunings(model, score.task))]
-    subsets = dict.fromkeys(str(record.at("splits", score.split, "subset")) for record in records)
-    return Column(score.title, (METRICS[score.metric], *subsets), "high")
+    return list(dict.fromkeys(str(record.at("splits", score.split, "subset")) for record in records))
+
+
+def on_subsets(results: Results, scores: Iterable[Score], models: Sequence[str]) -> list[str]:
+    """What has to stand beside an average of scores, where some are on a part of the data."""
+    partial = [score.title for score in scores if any(_subsets(results, score, models))]
+    return [f"({', '.join(partial)}: subset)"] if partial else []
 
 
 def _published(row: dict[str, Any], scores: Sequence[Score]) -> list[Entry]:
@@ -111,15 +122,13 @@ def _majority(results: Results, scores: Iterable[Score]) -> list[Entry]:
     return [Entry(f"{value:.3f}") for value in values]
 
 
-def comparison_tables(results: Results, models: Models) -> list[Table]:
-    """How far MaBERT is from each of the others, as far as that was computed: one table or none."""
-    (ours,) = (model for _, model in models if model.partition("@")[0] == "MaBERT")
+def comparison_tables(results: Results, models: Models, ours: str) -> list[Table]:
+    """How far one of the models is from each of the others, as far as that was computed: one table or none."""
     scores = results.scores()
-    rows, wanted = [], []
+    labels = {model: label for label, model in models}
+    rows, wanted, stale = [], [], []
     splits: list[dict[str, Any]] = []
-    for label, other in models:
-        if other == ours:
-            continue
+    for other in (model for model in labels if model != ours):
         entries = []
         for score in scores:
             name = f"comparisons/{ours}--{other}/{score.task}"
@@ -127,21 +136,34 @@ def comparison_tables(results: Results, models: Models) -> list[Table]:
             found = [record.at("splits", score.split) for record in results.found([name])]
             splits += found
             entries.append(_difference(found[0]) if found else Entry(DASH))
-        rows.append(Row(label, entries))
-    if not splits:
+            if found and _is_stale(results, ours, other, score, found[0]["difference"]):
+                stale.append(name)
+        rows.append(Row(labels[other], entries))
+    if not splits or ours not in labels:
         return []
+    pretrained, runs = ([split.get(key, 1) for split in splits] for key in ("pretrained", "seeds"))
+    each = [count // models for count, models in zip(runs, pretrained, strict=True)]
+    drawn = "" if max(pretrained) > 1 else " The chance in pretraining is not in it."
     caption = (
         f"Difference of the mean scores and its {splits[0]['confidence']:.0%} interval, by paired bootstrap over "
-        f"{counted([split['seeds'] for split in splits], 'run')} of each model and the rows of the dev set; bold where "
-        f"the interval excludes zero. The chance in pretraining is not in it. {at_scale(results)}."
+        f"{counted(pretrained, 'pretraining seed')}, {counted(each, 'fine-tuning seed')} of each and the rows of the "
+        f"dev set; bold where the interval excludes zero.{drawn} {at_scale(results)}."
     )
-    columns = [Column(score.title, (METRICS[score.metric],)) for score in scores]
-    return [Table("MaBERT minus each of the others", caption, columns, rows, wanted, head="other")]
+    names = [model for _, model in models]
+    notes = [f"Runs were made again since: delete {', '.join(stale)} and run these cells again."] if stale else []
+    columns = [replace(_column(results, score, names), best="") for score in scores]
+    return [Table(f"{labels[ours]} minus each of the others", caption, columns, rows, wanted, notes, head="other")]
 
 
-def _difference(split: dict[str, Any] | None) -> Entry:
-    if split is None:
-        return Entry(DASH)
+def _is_stale(results: Results, ours: str, other: str, score: Score, difference: float) -> bool:
+    """Whether a difference is not that of the scores which stand beside it."""
+    one, two = results.score(ours, score), results.score(other, score)
+    if not (one.is_complete and two.is_complete):
+        return False
+    return abs(one.mean_and_spread[0] - two.mean_and_spread[0] - difference) > ROUNDING
+
+
+def _difference(split: dict[str, Any]) -> Entry:
     low, high = split["low"], split["high"]
     return Entry(_signed(split["difference"]), f"[{_signed(low)}, {_signed(high)}]", is_strong=low > 0 or high < 0)
 
