@@ -533,6 +533,36 @@ def test_recall_is_shown_by_place_and_memory(results: Path, seeds: int) -> None:
     assert "mamba1" not in text
 
 
+def test_what_each_memory_carries_is_said(results: Path) -> None:
+    put_recall(results, 1, lambda *_: 0.3)
+    text = report(results).figure("Recall by length · mqar")["text"]
+    assert (
+        "mqar, 4 facts, 64 tokens: through their states alone the hybrids recall 15.0% to 15.0%, through attention "
+        "alone 35.0% to 35.0%, through neither 0.0% to 0.0%."
+    ) in text
+
+
+def test_at_the_ceiling_nothing_is_decided(results: Path) -> None:
+    put_recall(results, 5, lambda model, seed, length: 0.995 - 0.001 * (length == 96))
+    text = report(results).figure("Recall by length · mqar")["text"]
+    assert text.count("From 64 to 96, beyond training: all at the ceiling.") == 2, "spread, not early"
+    assert text.count("no change seen") == 2
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_facts_that_no_row_of_training_has_room_for_are_shown(results: Path, seeds: int) -> None:
+    put_recall(results, seeds, lambda *_: 0.3)
+    for path in (results / "tiny").rglob("*.json"):
+        content = json.loads(path.read_text())
+        more = [asked | {"pairs": 9} for asked in content["result"]["asked"] if asked["length"] == 96]
+        more[0]["guessing"] = 0.1 if "/sequential/" in str(path) else 0.2
+        content["result"]["asked"] += more
+        path.write_text(json.dumps(content))
+    text = report(results).figure("Recall by length · mqar")["text"]
+    assert "mqar, 9 facts: no row of training had 96 tokens." in text
+    assert "mqar, 9 facts. Who knows the row's values and guesses whose they are: 10.0% or 20.0% (simulated)." in text
+
+
 @pytest.mark.parametrize(
     ("choices", "span"),
     [({"lengths": (64, 96), "beyond": ()}, "From 64 to 96: "), ({}, "From 64 to 96, beyond training: ")],
@@ -580,11 +610,13 @@ def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> N
         ("paraphrase@25", 1, 0.5),
         ("none", 0, 0.2),
     ):
-        score = {"accuracy": accuracy, "loss": 2.0, "guessing": 0.555}
         result = {
             "held_out_loss": 3.974 if text == "before" else 4.1,
-            "recall": dict.fromkeys(("mqar", "phonebook", "passkey"), score),
-            "gains": {name: {"gain": 0.25} for name in ("paraphrase", "verbatim")},
+            "recall": {
+                kind: {"accuracy": accuracy + less, "loss": 2.0 + less, "guessing": 0.555}
+                for kind, less in (("mqar", 0.0), ("phonebook", 0.01), ("passkey", 0.02))
+            },
+            "gains": {"paraphrase": {"gain": 0.25}, "verbatim": {"gain": 0.35}},
         }
         if text != "before":
             result["tokens"] = 5_000
@@ -599,7 +631,9 @@ def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> N
     assert guessed in page.figure("Paraphrases · sequential")["text"]
     rows = page.rows("Paraphrases · sequential")
     assert list(rows) == ["before", "none", "paraphrase@25"]
-    assert rows["before"][:3] == ["3.974", "10.0%", "2.000"]
+    assert rows["before"] == ["3.974", "10.0%", "2.000", "11.0%", "2.010", "12.0%", "2.020", "0.250", "0.350"]
+    head = [column.split()[0] for column in page.figure("Paraphrases · sequential")["rows"][0][1:]]
+    assert head == ["held-out", "mqar", "mqar", "phonebook", "phonebook", "passkey", "passkey", "gain,", "gain,"]
     assert rows["paraphrase@25"][:2] == ["4.100 ±0.000", "40.0% ±14.1%"]
     assert rows["none"][0] == "– 1 of 2 cells"
 

@@ -25,8 +25,9 @@ from mabert.experiments.scales import SCALES, tiny
         ({"causal": {"length": 3}}, "causal.length=3 must be at least 4"),
         (
             {"causal": {"length": 8}},
-            "a quarter of causal.length=8 is too short for what paraphrase asks.* at least 11 tokens",
+            "asks for 2 facts in a quarter of causal.length=8, in 72 words: .* at least 11 tokens",
         ),
+        ({"causal": {"num_attention_heads": 3}}, "causal.hidden_size=32 must be an even number for each of .*heads=3"),
         ({"causal": {"eval_rows": 0}}, "causal.eval_rows=0 must be at least 1"),
         ({"causal": {"learning_rate": -1.0}}, "causal.learning_rate=-1.0 must be above 0"),
         ({"causal": {"schedules": ()}}, "causal.schedules is empty: give at least one"),

@@ -19,35 +19,46 @@ KINDS = ("paraphrase", "verbatim", "unrelated", "apart", "none")
 """What follows the passage: its paraphrase; itself; another passage; its paraphrase, but in another document; or no
 such documents at all."""
 ORDERS = ("passage-first", "paraphrase-first", "either")
+SENTENCES = ("sentence1", "sentence2")
 SENTENCE_SPLIT = " <::::> "  # WikiSplit's mark between two sentences
 
 Pair = tuple[str, str]
 
 
 def read_pairs(paths: Sequence[str | Path]) -> list[Pair]:
-    """Passages with their paraphrases, from tables with a header whose first two columns hold them.
+    """Passages with their paraphrases, from tables with a header: the columns `sentence1` and `sentence2`, or the first
+    two.
 
     Where there is a column `label`, only rows with 1 are taken. WikiSplit's mark between sentences becomes a space.
 
     Raises:
-        TableError: a file is missing, empty or has fewer than two columns; the message names it.
+        TableError: a file is missing or empty, has no two columns for them, or a text is empty; the message names it.
     """
     pairs: list[Pair] = []
     for path in map(Path, paths):
         columns = _header(path)
-        if len(columns) < 2:
-            raise TableError(
-                f"{path}, line 1: two columns are needed, a passage and its paraphrase, not {len(columns)}"
-            )
         has_label = "label" in columns
-        table = read_table(path, text_columns=columns[:2], label_column="label" if has_label else None)
+        table = read_table(path, text_columns=_texts(path, columns), label_column="label" if has_label else None)
         names = table.label_names or ()
-        for index, (passage, paraphrase) in enumerate(zip(table.texts, table.pairs or (), strict=True)):
+        for index, texts in enumerate(zip(table.texts, table.pairs or (), strict=True)):
+            passage, paraphrase = map(_plain, texts)
+            if not passage or not paraphrase:
+                raise TableError(f"{path}, row {index + 1}: a text is empty: delete the row, or fill it")
             if not has_label or names[int((table.labels or ())[index])] == "1":
-                pairs.append((_plain(passage), _plain(paraphrase)))
+                pairs.append((passage, paraphrase))
     if not pairs:
         raise TableError(f"{', '.join(map(str, paths)) or 'no file'}: no pair of a passage and its paraphrase")
     return pairs
+
+
+def _texts(path: Path, columns: Sequence[str]) -> list[str]:
+    """The two columns of a header that hold the texts."""
+    texts = list(SENTENCES) if set(SENTENCES) <= set(columns) else list(columns[:2])
+    if len(set(texts) - {"label"}) < 2:
+        raise TableError(
+            f"{path}, line 1: two columns of text are needed, a passage and its paraphrase, not {', '.join(columns)}"
+        )
+    return texts
 
 
 def _header(path: Path) -> list[str]:

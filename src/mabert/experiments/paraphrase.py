@@ -68,7 +68,17 @@ class Paraphrase:
         return self.models.console
 
     def cells(self) -> Iterator[Cell]:
-        """Every model as it is taught to recall, before any of the texts, and after each kind of them."""
+        """Every model as it is taught to recall, before any of the texts, and after each kind of them.
+
+        Raises:
+            ValueError: there are too few pairs, or a file of them cannot be read: found out before anything is trained.
+        """
+        train, held_out = self.sources.pairs()
+        if len(train) < 3 or len(held_out) < 2:
+            raise ValueError(
+                f"{len(train)} pairs to train on and {len(held_out)} held out are too few: gaps and controls are made "
+                "of other passages."
+            )
         for model in self.scale.models:
             if base := self.base(model):
                 yield base
@@ -141,7 +151,7 @@ class Paraphrase:
 
     @property
     def _words(self) -> int:
-        """Of the text that is trained on."""
+        """Of the text that is trained on, where there are so many."""
         causal = self.models.scale
         return round(WORDS_A_TOKEN * self.scale.steps * causal.batch_size * causal.length)
 
@@ -181,7 +191,9 @@ class Paraphrase:
         plain = list(iter_documents(self.sources.texts("train")))
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(text, "w") as file:
-            documents = augmentation.mixed(train, _pieces(plain), self._words)
+            pieces = _pieces(plain)
+            words = min(self._words, sum(len(piece.split()) for piece in pieces))  # a small text is read several times
+            documents = augmentation.mixed(train, pieces, words)
             file.write("\n\n".join(" ".join(document.split()) for document in documents) + "\n")
         result = pretrain(
             PretrainConfig(
@@ -210,7 +222,7 @@ class Paraphrase:
             ),
             console=self.console,
         )
-        return {"tokens": result.tokens} | self._measured(output / "run")
+        return {"tokens": result.tokens, "words": words} | self._measured(output / "run")
 
     def _measured(self, folder: Path) -> dict[str, Any]:
         """Recall in the tokens of the tokenizer, what a passage helps, and the weights that it is about."""

@@ -34,6 +34,13 @@ HYBRID_NAMES = (
 """Causal models of attention and SSM: each alone, one after the other, side by side."""
 
 
+def _check_heads(scale: str, hidden_size: int, heads: int) -> None:
+    if hidden_size % (2 * heads):
+        raise ValueError(
+            f"{scale}.hidden_size={hidden_size} must be an even number for each of num_attention_heads={heads}."
+        )
+
+
 def _check_mixers(scale: str, ssm: str, sliding_window: int | None) -> None:
     if ssm not in SSMS:
         raise ValueError(f"{scale}.ssm={ssm!r} is not one of {', '.join(SSMS)}.")
@@ -95,6 +102,7 @@ class CausalScale:
                 raise ValueError(f"causal.{name} is empty: give at least one.")
         if min(self.timed_lengths) < 1:
             raise ValueError(f"causal.timed_lengths={self.timed_lengths} must be at least 1 each.")
+        _check_heads("causal", self.hidden_size, self.num_attention_heads)
         _check_mixers("causal", self.ssm, self.sliding_window)
         if self.timed_points < 2:
             raise ValueError(
@@ -152,7 +160,8 @@ class RecallScale:
     eval_rows: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens", "seeds", "eval_rows"):
+        sizes = ("hidden_size", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "steps", "tokens", "seeds", "eval_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1.")
         if self.state_size is not None and self.state_size < 1:
@@ -162,6 +171,7 @@ class RecallScale:
                 f"recall.layers={self.layers} must be even and at least 4: half of the models have two mixers in a "
                 "layer, and one layer cannot recall."
             )
+        _check_heads("recall", self.hidden_size, self.num_attention_heads)
         _check_mixers("recall", self.ssm, self.sliding_window)
         for name in ("kinds", "lengths", "pairs"):
             if not getattr(self, name):
@@ -344,7 +354,8 @@ class Scale:
             self.asked_in_words()
         except ValueError as error:
             raise ValueError(
-                f"a quarter of causal.length={self.causal.length} is too short for what paraphrase asks: {error}"
+                f"paraphrase asks for {self.paraphrase.pairs} facts in a quarter of causal.length="
+                f"{self.causal.length}, in {WORDS} words: {error}"
             ) from error
         if self.efficiency_scale not in SCALES:
             raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(SCALES)}.")
@@ -531,7 +542,7 @@ def cpu() -> Scale:
 
 
 def mini() -> Scale:
-    """An hour or two on one GPU.
+    """Days on one GPU, an estimate; in parts.
 
     Command: mabert experiment all --scale mini --data DATA
     """

@@ -38,6 +38,8 @@ ASKED = ("spread", "early")
 """Places of the facts for which a change with length is decided on: anywhere, and as far as can be."""
 LEVEL = 0.05
 """Of all such decisions together."""
+CEILING = 0.99
+"""From here on nothing is left to differ in."""
 LEAST_SEEDS = 5
 """With fewer of them nothing is said about what differs."""
 assert PROBES.keys() == MEMORIES.keys() - {"both"}  # as it is, a model is asked by place
@@ -141,13 +143,13 @@ class _Kind:
         """What guessing among the values of a row gets."""
         if pairs == 1:
             return ""
-        (share,) = {
-            asked["guessing"]
+        shares = {
+            f"{asked['guessing']:.1%}"
             for record in self.found
             for asked in record.at("asked")
             if (asked["pairs"], asked["length"]) == (pairs, length)
         }
-        return f" Who knows the row's values and guesses whose they are: {share:.1%} (simulated)."
+        return f" Who knows the row's values and guesses whose they are: {' or '.join(sorted(shares))} (simulated)."
 
     def scored(self) -> str:
         """What a score is."""
@@ -211,7 +213,8 @@ class _Kind:
                 notes.append(f"{self.titled(pairs)}.{guessed}")
             if beyond := [length for length in lengths if length not in self.trained_on(pairs)]:
                 notes.append(f"{self.titled(pairs)}: no row of training had {_listed(beyond)} tokens.")
-            notes += self.alone_and_fused(pairs, self.trained_on(pairs))
+            if trained := self.trained_on(pairs):
+                notes += [*self.alone_and_fused(pairs, trained), *self.by_memory(pairs, trained[-1])]
             for place in ASKED:
                 notes += self.findings(pairs, place)
         if len(self.seeds) >= LEAST_SEEDS:
@@ -239,9 +242,28 @@ class _Kind:
             f"{means[least]:.1%} ({least}) to {means[most]:.1%} ({most})."
         ]
 
+    def by_memory(self, pairs: int, length: int) -> list[str]:
+        """What passes through one memory of the hybrids alone; nothing while cells are missing."""
+        found = {}
+        for memories in PROBES:
+            measured = [
+                self.measure(model, pairs, length, "probes", memories) for of in FAMILIES.values() for model in of
+            ]
+            if not all(of.is_complete for of in measured):
+                return []
+            means = [of.mean_and_spread[0] for of in measured]
+            found[memories] = f"{min(means):.1%} to {max(means):.1%}"
+        return [
+            f"{self.titled(pairs)}, {length:,} tokens: through their states alone the hybrids recall "
+            f"{found['recurrent-only']}, through attention alone {found['attention-only']}, through neither "
+            f"{found['none']}."
+        ]
+
     def spans(self, pairs: int) -> dict[tuple[int, int], str]:
         """From which length to which a change is decided on: within training, and from there to the longest."""
         trained, longest = self.trained_on(pairs), self.lengths()[pairs][-1]
+        if not trained:
+            return {}
         spans = {(trained[0], trained[-1]): "", (trained[-1], longest): ", beyond training"}
         return {(first, last): where for (first, last), where in spans.items() if first < last}
 
@@ -268,8 +290,10 @@ class _Kind:
                 continue
             said += " (95% each, over the seeds)."
             for (first, last), where in self.spans(pairs).items():
+                asked = [means[of][lengths.index(length)] for of in (family, "sequential") for length in (first, last)]
                 changes = [after - before for before, after in zip(differences[first], differences[last], strict=True)]
-                said += f" From {first:,} to {last:,}{where}: {self.decided(changes)}."
+                decided = "all at the ceiling" if min(map(min, asked)) >= CEILING else self.decided(changes)
+                said += f" From {first:,} to {last:,}{where}: {decided}."
             notes.append(said)
         return notes
 
