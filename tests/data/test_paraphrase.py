@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mabert.data.paraphrase import KINDS, Augmentation, read_pairs
+from mabert.data.paraphrase import KINDS, ORDERS, Augmentation, read_pairs
 from mabert.data.tables import TableError
 
 PAIRS = [(f"passage {n} a b", f"rewording {n} c") for n in range(20)]
@@ -36,21 +36,29 @@ def test_either_order_comes() -> None:
     assert firsts == {"passage", "rewording"}
 
 
-def test_controls_keep_everything_but_the_paraphrase() -> None:
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("order", ORDERS)
+def test_controls_keep_everything_but_the_paraphrase(order: str, turn: int) -> None:
     def made(kind: str) -> list[str]:
-        return list(Augmentation(kind=kind, gap=(0, 0)).documents(PAIRS))
+        return list(Augmentation(kind=kind, order=order, gap=(2, 5)).documents(PAIRS, turn))
 
-    for document in made("verbatim"):
-        half = document.split()
-        assert half[:4] == half[4:]
-    for document in made("unrelated"):
-        one, two = document[: len(document) // 2].strip(), document[len(document) // 2 :].strip()
-        assert number(one) != number(two)
-        assert two.startswith("passage")
-    apart = made("apart")
-    assert len(apart) == 2 * len(PAIRS)
-    assert sorted(" ".join(apart).split()) == sorted(" ".join(made("paraphrase")).split())
-    assert all(number(first) == number(second) for first, second in zip(apart[::2], apart[1::2], strict=True))
+    def joined(passage: str, gap: str, other: str) -> str:
+        return f"{other} {gap} {passage}" if is_swapped else f"{passage} {gap} {other}"
+
+    paraphrased, verbatim, unrelated, apart = map(made, ("paraphrase", "verbatim", "unrelated", "apart"))
+    assert len(paraphrased) == len(PAIRS)
+    assert [" ".join(two) for two in zip(apart[::2], apart[1::2], strict=True)] == paraphrased
+    others = []
+    for index, document in enumerate(paraphrased):
+        is_swapped = document.startswith("rewording")
+        passage, paraphrase = PAIRS[int(number(document))]
+        gap = " ".join(document.split()[3:-4] if is_swapped else document.split()[4:-3])
+        assert number(document) not in gap.split(), "it is of other passages"
+        assert document == joined(passage, gap, paraphrase)
+        assert verbatim[index] == joined(passage, gap, passage)
+        assert apart[2 * index] == (paraphrase if is_swapped else passage)
+        others += [other for other, _ in PAIRS if unrelated[index] == joined(passage, gap, other) and other != passage]
+    assert len(others) == len(PAIRS)
 
 
 def test_seeds_give_other_documents_and_the_same_seed_the_same() -> None:
@@ -125,6 +133,12 @@ def test_too_few_pairs_are_refused() -> None:
         list(Augmentation().documents(PAIRS[:2]))
 
 
+def test_sentences_are_read_by_their_names_behind_an_id(tmp_path: Path) -> None:
+    path = tmp_path / "paws.tsv"
+    path.write_text("id\tsentence2\tlabel\tsentence1\n7\tB a .\t1\tA b .\n8\tD .\t0\tC .\n", encoding="utf-8")
+    assert read_pairs([path]) == [("A b .", "B a .")]
+
+
 def test_pairs_are_read_from_the_first_two_columns(tmp_path: Path) -> None:
     plain = tmp_path / "a.tsv"
     plain.write_text("one\ttwo\nA  b .\tB a .\n", encoding="utf-8")
@@ -139,7 +153,10 @@ def test_pairs_are_read_from_the_first_two_columns(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "is empty"),
-        ("only\nA\n", r"line 1: two columns are needed"),
+        ("only\nA\n", r"line 1: two columns of text are needed"),
+        ("passage\tlabel\nA\t1\n", r"line 1: two columns of text are needed, .* not passage, label"),
+        ("same\tsame\nA\tB\n", r"line 1: two columns of text are needed"),
+        ("one\ttwo\nA\tB\nC\t  \n", "row 2: a text is empty"),
         ("one\ttwo\nA\n", "line 2"),
         ("one\ttwo\tlabel\nA\tB\t0\n", "no pair"),
     ],

@@ -1,8 +1,11 @@
 """Continual training on paraphrases: what is trained on, what is measured, and that a planted gain is found."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,8 @@ from tiny_experiments import QUIET, SECONDS, suite
 from mabert import HybridConfig, HybridForCausalLM
 from mabert.data.generated import paraphrases, sentences
 from mabert.data.recall import Language
+from mabert.data.rows import Rows
+from mabert.data.shards import Shards
 from mabert.data.tokenizer import for_generation, load_tokenizer, train_tokenizer
 from mabert.experiments import paraphrase as module
 from mabert.experiments.cells import run_cells
@@ -19,18 +24,37 @@ from mabert.experiments.paraphrase import Paraphrase, evenly, gain, label
 from mabert.experiments.scales import ParaphraseScale
 from mabert.experiments.sources import Sources
 from mabert.experiments.transpoints import TransPoints
+from mabert.files import digest
 from mabert.inference.loading import load_model
-from mabert.training.recall import EVALUATION_SEED
+from mabert.training.pretrain import PretrainTrainer
+from mabert.training.recall import EVALUATION_SEED, evaluate_recall
+
+# Learning so fast that two steps move every score.
+SCALE = replace(SECONDS, paraphrase=replace(SECONDS.paraphrase, learning_rate=1e-2))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paraphrase")
-    ours = suite(folder)
-    experiment = Paraphrase(TransPoints(ours.pretraining.sources, ours.pretraining.work, QUIET))
+    experiment, store = experiment_in(folder)
     cells = [experiment.before("sequential"), experiment.after("sequential", augmentation(experiment), 0)]
-    run_cells(cells, ours.finetuning.store, console=QUIET)
+    run_cells([cells[0], keeping_its_model(cells[1], folder / "after")], store, console=QUIET)
     return experiment, cells, folder
+
+
+def experiment_in(folder):
+    ours = suite(folder, SCALE)
+    models = TransPoints(ours.pretraining.sources, ours.pretraining.work, QUIET)
+    return Paraphrase(models), ours.finetuning.store
+
+
+def keeping_its_model(cell, folder):
+    def run():
+        result = cell.run()
+        shutil.copytree(cell.scratch / "run", folder)
+        return result
+
+    return replace(cell, run=run)
 
 
 def augmentation(experiment, name="paraphrase@25"):
@@ -77,6 +101,63 @@ def test_recall_and_gains_are_measured_before_and_after(made):
     config = content(made, made[1][1])["config"]
     assert config["augmentation"]["ratio"] == 0.25
     assert config["pairs"].keys() == {"generated"}
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["before", "after"])
+def test_scores_are_those_of_the_model_on_what_is_held_out(made, index):
+    experiment, cells, folder = made
+    result = content(made, cells[index])["result"]
+    model_folder = (experiment.base("sequential").artifact.parent, folder / "after")[index]
+    assert result["weights"] == digest(model_folder / "model.safetensors")
+    model, tokenizer = load_model(HybridForCausalLM, model_folder), load_tokenizer(model_folder)
+    close = partial(pytest.approx, rel=1e-5, abs=1e-6)
+
+    language = experiment._language("valid")
+    for task in SCALE.asked_in_words():
+        guessing = task.guessing(4, EVALUATION_SEED)
+        expected = asdict(evaluate_recall(model, task, 4, language=language)) | {"guessing": guessing}
+        assert result["recall"][task.kind] == close(expected)
+
+    pairs = experiment.sources.pairs()[1][:4]
+    assert result["gains"]["paraphrase"] == close(gain(model, tokenizer, pairs, 0, 1))
+    assert result["gains"]["verbatim"] == close(gain(model, tokenizer, pairs, 0, 0))
+
+    rows = Rows(Shards(experiment.sources.shards / "valid", tokenizer), 128, "full-sentences")
+    ids = [torch.tensor(rows[len(rows) * quarter // 4][0])[None].to(model.device) for quarter in range(4)]
+    losses = [model(row, labels=row).loss.item() for row in ids]
+    assert result["held_out_loss"] == close(fmean(losses))
+
+
+def test_training_moves_every_score(made):
+    before, after = (content(made, cell)["result"] for cell in made[1])
+    assert abs(before["held_out_loss"] - after["held_out_loss"]) > 1e-4
+    for kind, score in before["recall"].items():
+        assert abs(score["loss"] - after["recall"][kind]["loss"]) > 1e-4
+    for name, losses in before["gains"].items():
+        for part, loss in losses.items():
+            assert abs(loss - after["gains"][name][part]) > 1e-4, (name, part)
+
+
+def test_a_stopped_cell_goes_on_with_the_same_result(made, tmp_path, monkeypatch):
+    experiment, store = experiment_in(shutil.copytree(made[2], tmp_path / "stopped"))
+    cell = experiment.after("sequential", augmentation(experiment), 0)
+    whole = store.read(cell)
+    store.path(cell).unlink()
+    steps = []
+
+    def step(trainer, *args, **kwargs):
+        steps.append(trainer.state.global_step)
+        if steps == [0, 1]:
+            raise KeyboardInterrupt
+        return original(trainer, *args, **kwargs)
+
+    original = PretrainTrainer.training_step
+    monkeypatch.setattr(PretrainTrainer, "training_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([cell], store, console=QUIET)
+    run_cells([cell], store, console=QUIET)
+    assert steps == [0, 1, 1]
+    assert store.read(cell) == whole
 
 
 def test_only_what_was_taught_is_left_of_texts_and_models(made):
@@ -133,6 +214,29 @@ def test_taught_is_on_training_text_and_asked_on_held_out_text_in_the_same_words
         piece = language.text[:128].tolist()
         found = {name: contains(shards.tokens(0, shards.n_tokens).tolist(), piece) for name, shards in tokens.items()}
         assert found == {split: True, other: False}, tokenizer.decode(piece)
+
+
+def test_teaching_has_a_seed_of_its_own(made, monkeypatch):
+    drawn = []
+
+    def train(*_, **__):
+        drawn.append(torch.rand(1).item())
+        raise RecordedError
+
+    monkeypatch.setattr(module, "train_recall", train)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with pytest.raises(RecordedError):
+            made[0].base("sequential").run()
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("bf16", "gpu"), [(True, True), (True, False), (False, True)])
+def test_bf16_in_teaching_takes_the_scale_and_a_gpu(made, monkeypatch, bf16, gpu):
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: gpu)
+    models, sources = made[0].models, made[0].sources
+    experiment = Paraphrase(replace(models, sources=replace(sources, scale=replace(SCALE, bf16=bf16))))
+    assert experiment.base("sequential").config["run"]["bf16"] is (bf16 and gpu)
 
 
 def test_words_that_were_taught_are_asked_whatever_the_held_out_text_has(made, monkeypatch):
@@ -241,7 +345,8 @@ def test_controls_are_trained_on_as_their_kind_says(longer, monkeypatch):
     assert {text for pair in joined for text in pair} <= passages
     assert not set(unrelated) & own
 
-    _, apart = trained_on(longer, monkeypatch, "apart@50")
+    config, apart = trained_on(longer, monkeypatch, "apart@50")
+    assert config.packing == "documents"  # in rows of full sentences one would be read behind the other
     alone = {document for document in apart if document in passages | paraphrases}
     assert len(alone) > 40
     assert sum(passage in alone and paraphrase in alone for passage, paraphrase in pairs) >= len(alone) // 2 - 1
@@ -269,6 +374,24 @@ def test_unmodified_text_is_of_all_files(made, monkeypatch, tmp_path):
     _, documents = trained_on(experiment, monkeypatch, "none")
     assert len(documents) < 50  # far less than the first file holds
     assert {document.split()[0] for document in documents} == {"a", "b"}
+
+
+def test_a_text_with_fewer_words_than_the_steps_take_is_read_several_times(made, monkeypatch):
+    experiment = made[0]
+    pieces = [piece for name in experiment.sources.texts("train") for piece in Path(name).read_text().splitlines()]
+    there = sum(len(piece.split()) for piece in pieces)
+    config, documents = trained_on(at(experiment, steps=10_000), monkeypatch, "none")
+    assert config.steps == 10_000
+    assert sum(len(document.split()) for document in documents) == there
+
+
+def test_too_few_pairs_are_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "paraphrase").mkdir()
+    (tmp_path / "paraphrase" / "few.tsv").write_text("one\ttwo\nA b .\tB a .\nC d .\tD c .\n")
+    experiment, _ = experiment_in(tmp_path)
+    few = replace(experiment.models, sources=replace(experiment.sources, data=tmp_path))
+    with pytest.raises(ValueError, match="1 pairs to train on and 1 held out are too few"):
+        next(Paraphrase(few).cells())
 
 
 def test_what_is_held_out_is_measured_all_over(made, monkeypatch):
