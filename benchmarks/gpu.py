@@ -39,8 +39,13 @@ MODEL_SHAPES = [(32, 128), (32, 512), (8, 2048), (4, 4096), (1, 128), (1, 512), 
 # Reads and writes of tensors of x's size; neither the narrow ones nor what a kernel keeps or sums up for itself.
 ROWS_MOVED = {"scan forward": 4, "scan backward": 7, "conv forward": 2, "conv backward": 3}
 H200_DENSE_BF16_FLOPS = 989e12
-# The file with all tests marked `gpu`: others need packages for training to be collected.
-TESTS = "tests/ops/test_triton.py"
+# The files with tests marked `gpu`: others need packages for training to be collected.
+TESTS = (
+    "tests/ops/test_triton.py",
+    "tests/layers/test_causal_layers.py",
+    "tests/layers/test_parallel.py",
+    "tests/models/test_causal.py",
+)
 console = Console()
 
 
@@ -313,7 +318,7 @@ def main() -> None:
     if not arguments.no_tests and content.get("tests_passed", {}).get("commit") != stamp()["commit"]:
         # one at a time they would compile for too long; another machine's packages have warnings of their own
         many = ["-n", "auto", "-W", "default"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *many, "-m", "gpu", TESTS], check=True)
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *many, "-m", "gpu", *TESTS], check=True)
         content["tests_passed"] = stamp()
         save()
     for cell in cells():

@@ -1,7 +1,9 @@
+from dataclasses import fields
+
 import pytest
 
-from mabert import MaBertConfig
-from mabert.config import CHOICES
+from mabert import HybridConfig, MaBertConfig, MaBertModel, TransMambaConfig
+from mabert.config import CAUSAL_ONLY, CHOICES
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("base", 768), ("small", 512), ("mini", 256), ("tiny", 128)])
@@ -53,6 +55,11 @@ def test_saved_and_loaded_configs_are_equal(tmp_path):
         ),
         ({"time_step_min": 0.5}, "0 < time_step_min <= time_step_max"),
         ({"pad_token_id": 30522}, "outside the vocabulary"),
+        (
+            {"sliding_window": 2},
+            "sliding_window=2 is a choice of the causal models and would change nothing here. Leave it out, or take "
+            "HybridConfig",
+        ),
     ],
 )
 def test_contradictions_are_refused_with_a_message(fields, message):
@@ -66,9 +73,22 @@ def test_unknown_choices_are_refused(name):
         MaBertConfig(**{name: "bogus"})
 
 
-def test_a_contradiction_made_after_construction_is_caught_by_the_model():
-    from mabert import MaBertModel
+@pytest.mark.parametrize("name", CAUSAL_ONLY)
+def test_what_only_causal_models_have_is_refused(name):
+    config = MaBertConfig.tiny(pattern="M")
+    setattr(config, name, 1)
+    with pytest.raises(ValueError, match=f"{name}=1 is a choice of the causal models"):
+        MaBertModel(config)
 
+
+def test_none_of_what_only_causal_models_have_is_forgotten():
+    theirs = {field.name for config in (HybridConfig, TransMambaConfig) for field in fields(config)}
+    ours = {field.name for field in fields(MaBertConfig)} | {"num_hidden_layers"}
+    # transformers switches caches off in any config
+    assert theirs - ours == {*CAUSAL_ONLY, "use_cache"}
+
+
+def test_a_contradiction_made_after_construction_is_caught_by_the_model():
     config = MaBertConfig.tiny(pattern="M")
     config.psm = "none"
     with pytest.raises(ValueError, match="psm='none' says what to do with pads"):

@@ -22,6 +22,9 @@ CHOICES = {
     "fusion": FUSIONS,
 }
 
+CAUSAL_ONLY = ("decay_range", "mamba_head_size", "rms_norm_eps", "sliding_window", "ssm", "transpoints")
+"""Choices of the causal models that MaBERT has no use for."""
+
 
 def check_depth(pattern: str, given: int | None) -> None:
     """Raise ValueError where a number of layers is given that is not the pattern's."""
@@ -71,7 +74,7 @@ class MaBertConfig(PreTrainedConfig):
     The remaining fields mean what they mean in `BertConfig` and `MambaConfig`.
 
     Raises:
-        ValueError: a value is outside its choices, or two values contradict each other.
+        ValueError: a value is outside its choices, two values contradict each other, or one is a causal model's.
     """
 
     model_type = "mabert"
@@ -129,6 +132,12 @@ class MaBertConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError where a value is outside its choices or contradicts another one."""
         self._check_pattern()
+        for name in CAUSAL_ONLY:
+            if (unused := getattr(self, name, None)) is not None:
+                raise ValueError(
+                    f"{name}={unused!r} is a choice of the causal models and would change nothing here. "
+                    "Leave it out, or take HybridConfig or TransMambaConfig."
+                )
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_experiments import QUIET, SECONDS, suite
 
 from mabert.data.recall import KINDS, PLACES
@@ -159,6 +160,23 @@ def test_bf16_takes_the_scale_and_a_gpu(monkeypatch, bf16, gpu):
     monkeypatch.setattr(recall.torch.cuda, "is_available", lambda: gpu)
     cell = experiment(replace(SCALE, bf16=bf16)).cell("sequential", "mqar", 0)
     assert cell.config["run"]["bf16"] is (bf16 and gpu)
+
+
+def test_every_seed_begins_with_weights_of_its_own(tmp_path, monkeypatch):
+    begun = []
+
+    def train(model, *_, **__):
+        begun.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+        return RecallTraining()
+
+    monkeypatch.setattr(recall, "train_recall", train)
+    monkeypatch.setattr(recall, "evaluate_recall", lambda *_, **__: RecallScore(0.0, 0.0))
+    for index, seed in enumerate((0, 1, 0)):
+        cell = experiment(work=tmp_path / "work").cell("sequential", "passkey", seed)
+        run_cells([cell], CellStore(tmp_path / str(index), tmp_path / "work"), console=QUIET)
+    zero, one, again = begun
+    assert torch.equal(zero, again)
+    assert (zero != one).float().mean() > 0.5
 
 
 def trained_config(tmp_path, monkeypatch, name, **choices):

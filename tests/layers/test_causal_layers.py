@@ -9,6 +9,7 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TransformersMixer
 
 from mabert import HybridConfig, MaBertConfig, TransMambaConfig
+from mabert.layers import attention as attention_module
 from mabert.layers import transmamba
 from mabert.layers.attention import Attention, rotary_angles, rotate, sees
 from mabert.layers.causal_attention import CausalSelfAttention
@@ -16,6 +17,8 @@ from mabert.layers.mamba import MambaMixer
 from mabert.layers.mamba1 import Mamba1Mixer
 from mabert.layers.mamba2 import Mamba2Mixer
 from mabert.layers.memory import LayerMemory
+from mabert.layers.norm import RMSNorm
+from mabert.layers.parallel import make_fusion
 from mabert.layers.transmamba import TransMambaMixer, convert_memory
 from mabert.ops import SequenceLayout
 from mabert.ops.ssd import ssd_reference
@@ -204,15 +207,97 @@ def test_causal_attention_sees_itself_and_the_window_before(implementation, wind
         torch.testing.assert_close(y[start:end], torch.einsum("kqm,mkp->qkp", scores.softmax(-1), value))
 
 
-def test_causal_attention_with_dropout_in_pieces_sees_no_later_token(monkeypatch):
-    from mabert.layers import attention as module
+CU = torch.tensor([0, 9, 9, 10, 75, 90], dtype=torch.int32)
+REACHES = [(False, None), (True, None), (True, 1), (True, 5)]
+ON_EVERY_DEVICE = [
+    pytest.param(device, dtype, tolerance, marks=marks, id=f"{device}, {dtype}")
+    for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2))
+]
 
+
+def pairs(starts, left, right):
+    """Which keys, at most so many before a query and behind it, a query of the same packed sequence sees."""
+    index = torch.arange(int(starts[-1]), device=starts.device)
+    ids, distance = torch.bucketize(index, starts[1:], right=True), index[:, None] - index
+    return (ids[:, None] == ids) & (distance <= left) & (-distance <= right)
+
+
+def attention_written_out(query, key, value, seen):
+    scores = torch.einsum("qkp,mkp->kqm", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("kqm,mkp->qkp", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.fixture
+def torchs_packed_attention(monkeypatch):
+    """Gives what it was called with. A CPU has none, and gets what its documentation says."""
+    called, runs, torchs = [], attention_module.varlen_runs, attention_module.varlen_attn
+
+    def written_out(query, key, value, starts, ends, *longest, window_size):
+        left, right = (side if side >= 0 else len(query) for side in window_size)
+        return attention_written_out(query, key, value, pairs(starts, left, right))
+
+    def recorded(*args, **kwargs):
+        called.append(kwargs)
+        return (torchs if args[0].is_cuda else written_out)(*args, **kwargs)
+
+    def may_run(qkv, dropout):
+        return runs(qkv, dropout) if qkv.is_cuda else qkv.dtype != torch.float32
+
+    monkeypatch.setattr(attention_module, "varlen_attn", recorded)
+    monkeypatch.setattr(attention_module, "varlen_runs", may_run)
+    return called
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), ON_EVERY_DEVICE)
+@pytest.mark.parametrize(("is_causal", "window"), REACHES)
+def test_packed_attention_reaches_as_far_in_every_precision(
+    is_causal, window, device, dtype, tolerance, torchs_packed_attention
+):
+    config = HybridConfig(**SIZES, pattern="T", attn_implementation="sdpa")
+    layout = SequenceLayout.build(1, 90, device, packed=True, cu_seq_lens=CU)
+    torch.manual_seed(0)
+    qkv, weights = torch.randn(90, 3, 3, 8).to(device, dtype).requires_grad_(), torch.randn(90, 3, 8).double()
+    exact = qkv.detach().cpu().double().requires_grad_()
+    seen = pairs(CU, 90 if window is None else window - 1, 0 if is_causal else 90)
+    expected = attention_written_out(*exact.unbind(1), seen)
+    actual = Attention(config, is_causal=is_causal, window=window)(qkv, layout).cpu().double()
+    gradients = (torch.autograd.grad((y * weights).sum(), x)[0] for y, x in ((expected, exact), (actual, qkv)))
+    assert len(torchs_packed_attention) == (dtype != torch.float32)
+    assert (actual - expected).norm() < tolerance * expected.norm()
+    expected, actual = (gradient.cpu().double() for gradient in gradients)
+    assert (actual - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), ON_EVERY_DEVICE)
+@pytest.mark.parametrize(("is_causal", "window"), REACHES)
+@pytest.mark.parametrize("name", ["merge-attention", "merge-attention-swapped"])
+def test_merged_attention_reaches_as_far_in_every_precision(
+    name, is_causal, window, device, dtype, tolerance, torchs_packed_attention
+):
+    config = HybridConfig(**SIZES, pattern="T", attn_implementation="sdpa")
+    fusion = randomise(make_fusion(name, config, RMSNorm, is_causal=is_causal, window=window))
+    layout = SequenceLayout.build(1, 90, device, packed=True, cu_seq_lens=CU)
+    u, a, s = torch.randn(3, 90, 24)
+    asking, asked = (s, a) if fusion.swapped else (a, s)
+    with torch.no_grad():
+        query = fusion.query_proj(fusion.query_norm(asking)).view(90, 3, 8)
+        key, value = fusion.key_value_proj(fusion.key_norm(asked)).view(90, 2, 3, 8).unbind(1)
+        seen = pairs(CU, 90 if window is None else window - 1, 0 if is_causal else 90)
+        expected = fusion.out_proj(attention_written_out(query, key, value, seen).flatten(1))
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            actual = fusion.to(device)(*(x.to(device) for x in (u, a, s)), layout).cpu().float()
+    assert len(torchs_packed_attention) == (dtype != torch.float32)
+    assert (actual - expected).norm() < tolerance * expected.norm()
+
+
+def test_causal_attention_with_dropout_in_pieces_sees_no_later_token(monkeypatch):
     config = HybridConfig(**SIZES, pattern="T", attn_implementation="sdpa", attention_probs_dropout_prob=1e-9)
     layer = Attention(config, is_causal=True).train()
     torch.manual_seed(0)
     qkv = torch.randn(12, 3, 3, 8)
     whole = layer(qkv, rows(1, 12))
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", 3 * 12 * 4)
+    monkeypatch.setattr(attention_module, "SCORES_AT_ONCE", 3 * 12 * 4)
     torch.testing.assert_close(layer(qkv, rows(1, 12)), whole)
 
 

@@ -15,8 +15,12 @@ from transformers import (
 from mabert import HybridConfig, HybridForCausalLM, TransMambaConfig, TransMambaForCausalLM
 from mabert.causal_config import SSMS, TRANSPOINTS
 from mabert.config import FUSIONS
+from mabert.layers.attention import Attention
 from mabert.layers.causal_attention import CausalSelfAttention
+from mabert.layers.mamba1 import Mamba1Mixer
+from mabert.layers.mamba2 import Mamba2Mixer
 from mabert.models import CausalCache
+from mabert.models.causal import MEMORIES
 from mabert.ops import SequenceLayout
 
 SIZES = {
@@ -49,6 +53,9 @@ CONFIGS = {
         **SIZES, pattern="P", state_size=8, mamba_head_size=16, sliding_window=4, fusion="merge-attention"
     ),
 }
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES_AND_BF16 = [("cpu", False), *(pytest.param("cuda", bf16, marks=pytest.mark.gpu) for bf16 in (False, True))]
 
 
 def model(name):
@@ -374,13 +381,14 @@ def test_checkpointing_and_a_cache_exclude_each_other():
         ("V9", {"A_log", "dt_bias"}),
         ("hybrid", {"A_log", "dt_bias", "D"}),
         ("Mamba-1", {"A_log", "bias", "D"}),
-        ("parallel, merge-attention", {"A_log", "dt_bias", "D"}),
+        *((f"parallel, {fusion}", {"A_log", "dt_bias", "D"}) for fusion in FUSIONS),
     ],
 )
 def test_saved_and_loaded_by_the_auto_classes(name, kept, tmp_path):
     lm = model(name)
     lm.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded) is type(lm)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(lm.config)
     assert torch.equal(loaded(ids(), use_cache=False).logits, lm(ids(), use_cache=False).logits)
@@ -645,15 +653,51 @@ def test_probes_of_both_memories_together_leave_none(pattern, fusion, ssm):
         assert (last(batch, memories) - last(changed, memories)).abs().max() > 1e-4, memories
 
 
+def leave_tokens_to_themselves(kind, monkeypatch):
+    """No mixer of a kind, nor with attention a merged one, hands anything on from one token to another."""
+    if kind == "attention":
+        monkeypatch.setattr(Attention, "forward", lambda self, qkv, layout: qkv.sum(1))
+    else:
+        for mixer in (Mamba1Mixer, Mamba2Mixer):
+            monkeypatch.setattr(mixer, "forward", lambda self, x, *_: self.in_proj(x)[:, : x.shape[1]])
+
+
+@pytest.mark.parametrize(("device", "bf16"), DEVICES_AND_BF16)
+@pytest.mark.parametrize(("memory", "other"), [("attention", "recurrent"), ("recurrent", "attention")])
+@pytest.mark.parametrize("ssm", SSMS)
+@pytest.mark.parametrize(("pattern", "fusion"), [("TM", "mean"), ("SA", "mean"), *(("PP", name) for name in FUSIONS)])
+def test_a_memory_is_confined_by_the_probe_of_the_other_alone(
+    pattern, fusion, ssm, memory, other, device, bf16, monkeypatch
+):
+    leave_tokens_to_themselves(other, monkeypatch)
+    choices = {"ssm": ssm, "state_size": 8, "mamba_head_size": 16, "fusion": fusion, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    lm = HybridForCausalLM(HybridConfig(**SIZES, pattern=pattern, **choices)).eval().to(device)
+    batch, segments = ids(2, 20).to(device), torch.tensor([[0] * 8 + [1] * 7 + [2] * 5] * 2, device=device)
+    changed = batch.clone()
+    changed[:, 8:15] = (changed[:, 8:15] + 9) % 50 + 5
+
+    def last(given, **probe):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return lm(given, **probe, use_cache=False).logits[:, 15:]
+
+    confining = {"segments": segments, "memories": f"{other}-only"}
+    torch.testing.assert_close(last(batch, **confining), last(changed, **confining))
+    letting = {"segments": segments, "memories": f"{memory}-only"}
+    torch.testing.assert_close(last(batch, **letting), last(batch))
+    assert (last(batch) - last(changed)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fusion", ["merge-attention", "merge-attention-swapped"])
-def test_a_window_is_also_that_of_a_merged_attention(fusion):
+def test_a_window_is_also_that_of_a_merged_attention(fusion, device):
     """Where no branch passes anything on, the fusion's attention alone reaches back, and not beyond its window."""
     choices = {"mamba_head_size": 16, "fusion": fusion, "sliding_window": 4, "initializer_range": 0.3}
     config = HybridConfig(**SIZES, pattern="P", **choices)
     torch.manual_seed(0)
-    mixer = HybridForCausalLM(config).eval().model.layers[0].mixers[0]
-    layout = SequenceLayout.build(1, 12, "cpu", packed=True)
-    a, s = torch.randn(2, 12, 24)
+    mixer = HybridForCausalLM(config).eval().to(device).model.layers[0].mixers[0]
+    layout = SequenceLayout.build(1, 12, device, packed=True)
+    a, s = torch.randn(2, 12, 24).to(device)
     changed = [x.clone() for x in (a, s)]
     for x in changed:
         x[2] += 3
@@ -689,19 +733,22 @@ class PassesNothingOn(torch.nn.Module):
         return u
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("read", ["alone", "packed", "in pieces", "token by token"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_beside_an_ssm_attention_reaches_its_window_and_no_further(fusion, read):
+def test_beside_an_ssm_attention_reaches_its_window_and_no_further(fusion, read, device):
     choices = {"mamba_head_size": 16, "fusion": fusion, "sliding_window": 4, "initializer_range": 0.3}
     torch.manual_seed(0)
     lm = HybridForCausalLM(HybridConfig(**SIZES, pattern="P", **choices)).eval()
     lm.model.layers[0].mixers[0].ssm = PassesNothingOn()
+    lm.to(device)
 
     def logits(batch):
+        batch = batch.to(device)
         if read == "alone":
             return lm(batch, use_cache=False).logits[0]
         if read == "packed":
-            neighbours, seq_idx = ids(1, 5, seed=2), torch.tensor([[0] * 5 + [1] * 14 + [2] * 5])
+            neighbours, seq_idx = ids(1, 5, seed=2).to(device), torch.tensor([[0] * 5 + [1] * 14 + [2] * 5])
             return lm(torch.cat((neighbours, batch, neighbours), dim=1), seq_idx=seq_idx).logits[0, 5:19]
         cache, parts = None, []
         for part in batch.split([3, 1, 6, 4] if read == "in pieces" else 1, dim=1):
@@ -716,6 +763,46 @@ def test_beside_an_ssm_attention_reaches_its_window_and_no_further(fusion, read)
     # swapped, a query finds what attention has gathered within its own window
     reach = 7 if fusion == "merge-attention-swapped" else 4
     assert moved.nonzero().flatten().tolist() == list(range(2, 2 + reach))
+
+
+def attention_written_out(self, qkv, layout):
+    """Causal attention of all tokens of all sequences at once, by a mask of all their pairs."""
+    query, key, value = qkv.unbind(1)
+    ids_T, index_T = layout.sequence_ids_T, layout.indices_T
+    distance = index_T[:, None] - index_T
+    seen = (ids_T[:, None] == ids_T) & (distance >= 0) & (distance < (self.window or len(distance)))
+    scores = torch.einsum("qkp,mkp->kqm", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("kqm,mkp->qkp", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize(("device", "bf16"), DEVICES_AND_BF16)
+@pytest.mark.parametrize(
+    ("name", "memories"),
+    [
+        (name, memories)
+        for name, config in CONFIGS.items()
+        for memories in (MEMORIES if isinstance(config, HybridConfig) else ["both"])
+    ],
+)
+def test_every_device_computes_the_same(name, memories, device, bf16, monkeypatch):
+    """Logits and gradients of packed sequences, of which some are in segments, and those of attention written out in
+    double precision on a CPU."""
+    row, weights = ids(1, 40), torch.randn(1, 40, 60, generator=torch.Generator().manual_seed(0)).double()
+    seq_idx = torch.tensor([[0] * 18 + [1] + [2] * 14 + [3] * 7])
+    segments = torch.tensor([[0] * 9 + [1] * 6 + [2] * 25])
+    probe = {} if memories == "both" else {"segments": segments, "memories": memories}
+
+    def logits_and_gradients(lm, on):
+        with torch.autocast(on, torch.bfloat16, enabled=bf16 and lm.dtype == torch.float32):
+            logits = lm(row.to(on), seq_idx=seq_idx.to(on), **probe).logits.cpu().double()
+        gradients = torch.autograd.grad((logits * weights).mean(), list(lm.parameters()), allow_unused=True)
+        return logits, torch.cat([gradient.flatten().cpu().double() for gradient in gradients if gradient is not None])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "forward", attention_written_out)
+        expected = logits_and_gradients(model(name).double(), "cpu")
+    for actual, exact in zip(logits_and_gradients(model(name).to(device), device), expected, strict=True):
+        assert (actual - exact).norm() < (0.05 if bf16 else 1e-4) * exact.norm()
 
 
 def test_a_probe_of_one_segment_changes_nothing():

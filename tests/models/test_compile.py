@@ -14,8 +14,8 @@ def make(model_class, **overrides):
     torch.manual_seed(0)
     torch._dynamo.reset()
     config = MaBertConfig(
-        vocab_size=60, hidden_size=32, num_attention_heads=2, intermediate_size=48, pattern="MT", state_size=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **overrides,
+        **{"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "pattern": "MT",
+           "state_size": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | overrides
     )  # fmt: skip
     return model_class(config)
 
@@ -48,8 +48,11 @@ def test_training_and_inference_are_one_graph(execution, inputs, backend):
             torch.testing.assert_close(compiled(ids[:, :length], **cut).logits, model(ids[:, :length], **cut).logits)
 
 
-def test_classification_is_one_graph():
-    model = make(MaBertForSequenceClassification).eval()
+@pytest.mark.parametrize(
+    "choices", [{}, *({"pattern": "P", "fusion": name} for name in ("gate", "merge-attention"))], ids=str
+)
+def test_classification_is_one_graph(choices):
+    model = make(MaBertForSequenceClassification, **choices).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = torch.randint(1, 60, (3, 20))
     with torch.no_grad():

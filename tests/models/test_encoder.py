@@ -5,6 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from mabert import MaBertConfig, MaBertForMaskedLM, MaBertForSequenceClassification, MaBertModel
+from mabert.config import FUSIONS
+from mabert.ops import SequenceLayout
 
 
 def small(**overrides):
@@ -45,28 +47,54 @@ class TestOptionsChangeBehaviour:
         {"tie_word_embeddings": False},
     )
 
-    @pytest.mark.parametrize("change", CHANGES, ids=str)
-    def test_option(self, change):
+    PARALLEL_CHANGES = (
+        {"scan_direction": "backward"},
+        {"scan_direction": "alternating"},
+        {"scan_direction": "bidirectional"},
+        {"conv_mode": "causal"},
+        {"position_embedding_type": "rope"},
+        *({"fusion": fusion} for fusion in FUSIONS if fusion != "mean"),
+    )
+
+    @pytest.mark.parametrize(
+        ("pattern", "change"),
+        [*(("MMT", change) for change in CHANGES), *(("PP", change) for change in PARALLEL_CHANGES)],
+        ids=str,
+    )
+    def test_option(self, pattern, change):
         ids, _ = batch()
         outcomes = []
         for overrides in ({}, change):
             torch.manual_seed(0)
-            model = MaBertForMaskedLM(small(initializer_range=0.2, **overrides)).eval()
+            choices = {"pattern": pattern, "initializer_range": 0.2}
+            model = MaBertForMaskedLM(small(**choices | overrides)).eval()
             with torch.no_grad():
                 shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
                 outcomes.append((shapes, model(ids).logits))
         same_shapes = outcomes[0][0] == outcomes[1][0]
         assert not same_shapes or (outcomes[0][1] - outcomes[1][1]).abs().max() > 1e-4
 
-    def test_dropouts_act_in_training_only_and_each_by_its_own_option(self):
+    @pytest.mark.parametrize("pattern", ["MMT", "P"])
+    def test_dropouts_act_in_training_only_and_each_by_its_own_option(self, pattern):
         ids, _ = batch()
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            model = MaBertModel(small(**{name: 0.5})).train()
+            model = MaBertModel(small(pattern=pattern, **{name: 0.5})).train()
             assert not torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state), name
             model.eval()
             assert torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
         classifier = MaBertForSequenceClassification(small(classifier_dropout=0.5)).train()
         assert not torch.equal(classifier(ids).logits, classifier(ids).logits)
+
+    @pytest.mark.parametrize("letter", ["M", "T", "P"])
+    @pytest.mark.parametrize(("branch", "other"), [("mixer", "ffn"), ("ffn", "mixer")])
+    def test_dropout_is_on_both_branches_of_every_layer(self, letter, branch, other):
+        """Where the other branch adds nothing, what is dropped stays as it was."""
+        config = small(pattern=letter, hidden_dropout_prob=0.5, initializer_range=0.2)
+        layer = MaBertModel(config).train().layers[0]
+        getattr(layer, other).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        x = torch.randn(100, 32)
+        unchanged = layer(x, SequenceLayout.build(1, 100, "cpu", packed=True)) == x
+        assert 0.4 < unchanged.float().mean() < 0.6, branch
 
     def test_rope_theta_is_read(self):
         ids, _ = batch()

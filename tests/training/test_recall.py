@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mabert import HybridConfig, HybridForCausalLM
 from mabert.data.recall import CopyTask, Language, RecallTask
@@ -61,6 +62,21 @@ def test_a_model_of_random_weights_recalls_nothing():
     score = evaluate_recall(made(), TASK, 64)
     assert score.accuracy < 0.05
     assert score.loss > 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_is_asked_without_dropout_and_goes_on_as_it_was(training):
+    model = made(hidden_dropout_prob=0.5).train(training)
+    assert evaluate_recall(model, TASK, 16) == evaluate_recall(model, TASK, 16)
+    assert model.training is training
+
+
+@pytest.mark.parametrize("memories", ["recurrent-only", "attention-only", "none"])
+def test_a_model_that_no_probe_reaches_is_asked_without_one_only(memories):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    assert evaluate_recall(model, TASK, 8).loss > 2
+    with pytest.raises(ValueError, match=f"memories='{memories}' is for hybrids by layer: GPT2LMHeadModel takes no"):
+        evaluate_recall(model, TASK, 8, memories=memories)
 
 
 def run(**choices):

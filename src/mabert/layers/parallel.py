@@ -45,7 +45,7 @@ class ParallelLayer(GradientCheckpointingLayer):
         self.psm = PSM[config.psm]
         norm = partial(nn.LayerNorm, eps=config.layer_norm_eps)
         self.mixer_norm = norm(config.hidden_size)
-        fusion = make_fusion(config.fusion, config, norm, is_causal=False)
+        fusion = make_fusion(config.fusion, config, norm, is_causal=False, window=None)
         self.mixer = ParallelMixer(SelfAttention(config), MambaMixer(config, direction), fusion)
         self.ffn_norm = norm(config.hidden_size)
         self.ffn = FeedForward(config)
@@ -64,7 +64,7 @@ class ParallelLayer(GradientCheckpointingLayer):
 class MeanFusion(nn.Module):
     """(N(s) + N(a)) / 2, each with a norm of its own."""
 
-    def __init__(self, config: PreTrainedConfig, norm: MakeNorm, is_causal: bool):
+    def __init__(self, config: PreTrainedConfig, norm: MakeNorm):
         super().__init__()
         self.attention_norm, self.ssm_norm = norm(config.hidden_size), norm(config.hidden_size)
 
@@ -78,7 +78,7 @@ class MeanFusion(nn.Module):
 class ScaledFusion(nn.Module):
     """W(β₁ ⊙ N(a) + β₂ ⊙ N(s)), as in Hymba."""
 
-    def __init__(self, config: PreTrainedConfig, norm: MakeNorm, is_causal: bool):
+    def __init__(self, config: PreTrainedConfig, norm: MakeNorm):
         super().__init__()
         width = config.hidden_size
         self.attention_norm, self.ssm_norm = norm(width), norm(width)
@@ -95,7 +95,7 @@ class ScaledFusion(nn.Module):
 class GateFusion(nn.Module):
     """g ⊙ a + (1 − g) ⊙ s with g = σ(W_g u): 1 is attention alone, 0 the SSM alone."""
 
-    def __init__(self, config: PreTrainedConfig, norm: MakeNorm, is_causal: bool):
+    def __init__(self, config: PreTrainedConfig, norm: MakeNorm):
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -109,7 +109,7 @@ class GateFusion(nn.Module):
 class ConcatFusion(nn.Module):
     """W[N(a); N(s)]."""
 
-    def __init__(self, config: PreTrainedConfig, norm: MakeNorm, is_causal: bool):
+    def __init__(self, config: PreTrainedConfig, norm: MakeNorm):
         super().__init__()
         width = config.hidden_size
         self.attention_norm, self.ssm_norm = norm(width), norm(width)
@@ -125,10 +125,12 @@ class ConcatFusion(nn.Module):
 class MergeAttention(nn.Module):
     """Multi-head attention whose queries come from one branch and whose keys and values come from the other.
 
-    The queries are attention's, or with `swapped` the SSM's.
+    The queries are attention's, or with `swapped` the SSM's. For `is_causal` and `window` see `Attention`.
     """
 
-    def __init__(self, config: PreTrainedConfig, norm: MakeNorm, is_causal: bool, *, swapped: bool = False):
+    def __init__(
+        self, config: PreTrainedConfig, norm: MakeNorm, *, is_causal: bool, window: int | None, swapped: bool = False
+    ):
         super().__init__()
         width = config.hidden_size
         self.swapped, self.head_size = swapped, config.head_size
@@ -136,7 +138,7 @@ class MergeAttention(nn.Module):
         self.query_proj = nn.Linear(width, width, bias=False)
         self.key_value_proj = nn.Linear(width, 2 * width, bias=False)
         # CHOICE: without rotary positions, since both branches know where they are
-        self.attention = Attention(config, is_causal=is_causal, window=getattr(config, "sliding_window", None))
+        self.attention = Attention(config, is_causal=is_causal, window=window)
         self.out_proj = nn.Linear(width, width, bias=False)
 
     def forward(
@@ -160,9 +162,15 @@ class MergeAttention(nn.Module):
         return self.out_proj(y.flatten(-2))
 
 
-def make_fusion(name: str, config: PreTrainedConfig, norm: MakeNorm, *, is_causal: bool) -> nn.Module:
-    """The fusion of that name, one of `mabert.config.FUSIONS`."""
+def make_fusion(
+    name: str, config: PreTrainedConfig, norm: MakeNorm, *, is_causal: bool, window: int | None
+) -> nn.Module:
+    """The fusion of that name, one of `mabert.config.FUSIONS`; one that attends does so as the branch beside it.
+
+    For `is_causal` and `window` see `Attention`.
+    """
     if name.startswith("merge-attention"):
-        return MergeAttention(config, norm, is_causal, swapped=name.endswith("-swapped"))
+        swapped = name.endswith("-swapped")
+        return MergeAttention(config, norm, is_causal=is_causal, window=window, swapped=swapped)
     kinds = {"mean": MeanFusion, "gate": GateFusion, "scaled": ScaledFusion, "concat": ConcatFusion}
-    return kinds[name](config, norm, is_causal)
+    return kinds[name](config, norm)

@@ -63,7 +63,8 @@ def make_mixers(config: CausalConfig, layer: int) -> list[nn.Module]:
 
     def parallel() -> nn.Module:
         norm = partial(RMSNorm, eps=config.rms_norm_eps)
-        return ParallelMixer(attention(), ssm(), make_fusion(config.fusion, config, norm, is_causal=True))
+        fusion = make_fusion(config.fusion, config, norm, is_causal=True, window=config.sliding_window)
+        return ParallelMixer(attention(), ssm(), fusion)
 
     makers = {"T": [attention], "M": [ssm], "S": [ssm, attention], "A": [attention, ssm], "P": [parallel]}
     return [make() for make in makers[config.pattern[layer]]]

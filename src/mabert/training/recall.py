@@ -1,6 +1,7 @@
 """A causal model trained on a recall task, and asked."""
 
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -183,6 +184,15 @@ def _check_vocabulary(model: PreTrainedModel, task: RecallTask, language: Langua
         raise ValueError(f"the model has {has:,} tokens, but the task {needs:,}: give fewer, or another model.")
 
 
+def _check_probe(model: PreTrainedModel, memories: str) -> None:
+    # one that takes any arguments would leave these unread, and give the score without a probe
+    if not {"segments", "memories"} <= inspect.signature(model.forward).parameters.keys():
+        raise ValueError(
+            f"memories={memories!r} is for hybrids by layer: {type(model).__name__} takes no segments and memories to "
+            "be probed by. Leave memories at 'both', or give a HybridForCausalLM."
+        )
+
+
 def _digest(model: PreTrainedModel) -> str:
     """SHA-256 of the weights, in hexadecimal."""
     whole = hashlib.sha256()
@@ -320,23 +330,27 @@ def evaluate_recall(
         language: ask in the tokens of a tokenizer, with real text between the facts.
 
     Raises:
-        ValueError: there are no rows to ask, or the model has fewer tokens than the task.
+        ValueError: there are no rows to ask, the model has fewer tokens than the task, or it cannot be probed.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1.")
     _check_vocabulary(model, task, language)
+    if memories != "both":
+        _check_probe(model, memories)
     was_training = model.training
     model.eval()
     right: list[Tensor] = []
     loss = tokens = 0.0
-    for batch in DataLoader(RecallDataset(task, rows, seed, language), batch_size=batch_size):
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels, segments = inputs.pop("labels"), inputs.pop("segments")
-        probe = {} if memories == "both" else {"segments": segments, "memories": memories}
-        logits = model(**inputs, **probe, use_cache=False).logits
-        right.append(answers_right(logits, labels))
-        is_answer = labels[:, 1:] != IGNORED
-        loss += cross_entropy(logits[:, :-1][is_answer].float(), labels[:, 1:][is_answer], reduction="sum").item()
-        tokens += int(is_answer.sum())
-    model.train(was_training)
+    try:
+        for batch in DataLoader(RecallDataset(task, rows, seed, language), batch_size=batch_size):
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels, segments = inputs.pop("labels"), inputs.pop("segments")
+            probe = {} if memories == "both" else {"segments": segments, "memories": memories}
+            logits = model(**inputs, **probe, use_cache=False).logits
+            right.append(answers_right(logits, labels))
+            is_answer = labels[:, 1:] != IGNORED
+            loss += cross_entropy(logits[:, :-1][is_answer].float(), labels[:, 1:][is_answer], reduction="sum").item()
+            tokens += int(is_answer.sum())
+    finally:
+        model.train(was_training)
     return RecallScore(float(torch.cat(right).float().mean()), loss / tokens)
