@@ -191,8 +191,9 @@ def test_a_checkpoint_is_taught_before_everything(made):
 def test_taught_is_on_training_text_and_asked_on_held_out_text_in_the_same_words(made, monkeypatch):
     experiment, seen = made[0], {}
 
-    def train(model, tasks, run, report, *, language, checkpoint):
+    def train(model, tasks, run, report, *, language, text_tokens, checkpoint):
         seen["taught"] = tasks, run, language
+        assert text_tokens == run.tokens
         raise RecordedError
 
     def evaluate(model, task, rows, *, language, batch_size):

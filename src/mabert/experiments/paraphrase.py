@@ -2,7 +2,8 @@
 
 A causal model of the scale goes on from its checkpoint, on text of which a share is passages with their paraphrases. A
 checkpoint of so little text recalls nothing, and nothing could be seen of what becomes of it: so it learns to recall
-first, in rows of one task, and the others ask whether that carries over.
+first, in rows of one task and as much plain text, so that it stays a language model; the others ask whether that
+carries over.
 """
 
 from collections.abc import Iterator
@@ -109,7 +110,12 @@ class Paraphrase:
         (task,) = (task for task in self.sources.scale.asked_in_words() if task.kind == TAUGHT)
         return Cell(
             name=f"paraphrase/{model}/base/0",
-            config={"checkpoint": pretrained.config, "task": asdict(task), "run": asdict(run)},
+            config={
+                "checkpoint": pretrained.config,
+                "task": asdict(task),
+                "run": asdict(run),
+                "text_tokens": run.tokens,
+            },
             run=partial(self._teach, self._folder(pretrained), task, run, folder),
             needs=(pretrained,),
             artifact=folder / CONFIG_NAME,
@@ -174,7 +180,13 @@ class Paraphrase:
         model = load_model(AutoModelForCausalLM, checkpoint)
         state = folder / "training" / "state.pt"
         done = train_recall(
-            model, [task], run, partial(say, self.console), language=self._language("train"), checkpoint=state
+            model,
+            [task],
+            run,
+            partial(say, self.console),
+            language=self._language("train"),
+            text_tokens=run.tokens,
+            checkpoint=state,
         )
         publish(model, tokenizer, folder)
         return {
@@ -182,6 +194,7 @@ class Paraphrase:
             "taught": done.taught,
             "losses": done.losses[:: max(1, len(done.losses) // 50)],
             "last_loss": fmean(done.losses[-RECENT:]),
+            "text_losses": done.text[:: max(1, len(done.text) // 50)],
             "weights": digest(folder / SAFE_WEIGHTS_NAME),
         }
 

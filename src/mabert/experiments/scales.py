@@ -244,7 +244,7 @@ class ParaphraseScale:
     taught: int = 1_000
     """Steps in which a checkpoint learns to copy before all this, then facts, then the task: of each; 0 for none."""
     taught_tokens: int = 8_192
-    """In the rows of such a step."""
+    """In the rows of such a step, and as many of plain text."""
     taught_learning_rate: float = 5e-4
 
     def __post_init__(self) -> None:

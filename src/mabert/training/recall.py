@@ -115,6 +115,8 @@ class RecallTraining:
     """The losses of the one that is going on."""
     losses: list[float] = field(default_factory=list)
     """Of the steps on the tasks."""
+    text: list[float] = field(default_factory=list)
+    """The losses of plain text, of every step that had any."""
     rows: int = 0
     """Rows of the stream that were trained on."""
 
@@ -136,26 +138,34 @@ def train_recall(
     report: Callable[[str], None] = lambda line: None,
     *,
     language: Language | None = None,
+    text_tokens: int = 0,
     checkpoint: Path | None = None,
 ) -> RecallTraining:
-    """Train a model on fresh rows, the answers alone being learnt: the lessons, then the tasks in turns.
+    """Train a model on fresh rows, of which the answers alone are learnt: the lessons, then the tasks in turns.
 
     Args:
         tasks: of one kind; a step has rows of one of them.
         report: is given a line about progress and time left now and then.
         language: teach in the tokens of a tokenizer, with real text between the facts.
+        text_tokens: predict so many tokens of the language's text as well in every step. Answers alone make a language
+            model forget its language.
         checkpoint: a file to which everything is saved once a minute and at the end; if it is there, the training goes
             on from it, with the losses that it would have had without the stop.
 
     Raises:
-        ValueError: there are no tasks, or they are of several kinds, or have more tokens than the model; or the
-            checkpoint is that of another training: other weights at its beginning, other tasks or choices.
+        ValueError: there are no tasks, or they are of several kinds, or have more tokens than the model; text is to be
+            predicted, and there is no language, or less of its text than a row; or the checkpoint is that of another
+            training: other weights at its beginning, other tasks or choices.
         FloatingPointError: the loss became NaN or infinite.
     """
     if len({(task.kind, task.vocab_size) for task in tasks}) != 1:
         raise ValueError("tasks must be at least one, all of one kind and vocabulary.")
     _check_vocabulary(model, tasks[0], language)
-    pupil = _Pupil(model, tasks, run, language, checkpoint)
+    if text_tokens < 0 or (text_tokens and language is None):
+        raise ValueError(
+            f"text_tokens={text_tokens} must be a number of tokens of a language's text: give the language."
+        )
+    pupil = _Pupil(model, tasks, run, language, text_tokens, checkpoint)
     lessons, done = run.lessons_for(tasks[0]), pupil.training
     steps = sum(run.lesson_steps) + run.steps
     first, began = done.steps, time.monotonic()
@@ -217,9 +227,11 @@ class _Pupil:
         tasks: Sequence[RecallTask],
         run: RecallRun,
         language: Language | None,
+        text_tokens: int,
         checkpoint: Path | None,
     ) -> None:
         self.model, self.run, self.language, self.checkpoint = model, run, language, checkpoint
+        self.text_tokens, self.text_length = text_tokens, max(task.length for task in tasks)
         self.device, self.training = default_device(), RecallTraining()
         model.to(self.device).train()  # type: ignore[arg-type]
         self.optimizer = adamw(model, learning_rate=run.learning_rate, betas=BETAS, weight_decay=0.0)
@@ -229,6 +241,7 @@ class _Pupil:
                 "tasks": [asdict(task) for task in tasks],
                 "model": model.config.to_diff_dict(),
                 "language": None if language is None else language.digest,
+                "text_tokens": text_tokens,
                 "weights": _digest(model),
             }
             self.identity = json.dumps(whole, sort_keys=True, default=str)
@@ -257,18 +270,37 @@ class _Pupil:
         step = self.training.steps + 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.learning_rate * min(1.0, step / WARM_UP) * decay
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
-            loss = self.model(**{name: batch[name].to(self.device) for name in ("input_ids", "labels")}).loss
-        if not math.isfinite(value := loss.item()):
-            raise FloatingPointError(
-                f"the loss became {value} in step {step}: lower learning_rate={self.run.learning_rate}"
-            )
-        loss.backward()
+        value = self._learn(batch["input_ids"], batch["labels"])
+        if self.text_tokens:
+            ids = self._text(step)
+            self.training.text.append(self._learn(ids, ids))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.training.rows = end
         return value
+
+    def _learn(self, ids: Tensor, labels: Tensor) -> float:
+        """Add the gradients of a batch to those of the step; give its loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
+            loss = self.model(input_ids=ids.to(self.device), labels=labels.to(self.device)).loss
+        if not math.isfinite(value := loss.item()):
+            step = self.training.steps + 1
+            raise FloatingPointError(
+                f"the loss became {value} in step {step}: lower learning_rate={self.run.learning_rate}"
+            )
+        loss.backward()
+        return value
+
+    def _text(self, step: int) -> Tensor:
+        """Rows of plain text from anywhere, other ones in each step, as long as the longest rows of the tasks."""
+        assert self.language is not None
+        text, length = torch.from_numpy(self.language.text), self.text_length
+        if len(text) < length:
+            raise ValueError(f"the language's text has {len(text)} tokens: too few for a row of {length}.")
+        draw = torch.Generator().manual_seed(2**32 * self.run.seed + step)
+        starts = torch.randint(len(text) - length + 1, (max(1, self.text_tokens // length),), generator=draw)
+        return text.unfold(0, length, 1)[starts]
 
     def save(self) -> None:
         """Write all that a later process needs to go on."""
