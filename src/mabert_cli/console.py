@@ -23,7 +23,7 @@ def show_log(debug: bool) -> None:
 def table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     """Two columns, names and values."""
     grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    grid.add_column(style="cyan", overflow="fold")
+    grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(escape(name), escape(str(value)))

@@ -71,9 +71,9 @@ def tokenizer(
 
 
 def sizes(corpus: "Corpus") -> Iterator[tuple[str, str]]:
-    """Each source with its size on disk."""
+    """The size of each source on disk, and its name, which may be long."""
     for source in corpus.sources:
-        yield str(source), size(source.stat().st_size) if isinstance(source, Path) else "not known"
+        yield size(source.stat().st_size) if isinstance(source, Path) else "size not known", str(source)
 
 
 def watched(corpus: "Corpus") -> Iterator[str]:
