@@ -117,6 +117,15 @@ def test_a_process_that_the_system_killed_for_want_of_memory_was_out_of_memory(r
     assert run({"signal": signal.SIGKILL})["out_of_memory"]
 
 
+def test_a_system_that_counts_no_kills_tells_of_the_signal(run, tmp_path, monkeypatch):
+    for content in (None, "nr_free_pages 7\n"):
+        monkeypatch.setattr(fresh_process, "VMSTAT", tmp_path / "vmstat")
+        if content:
+            (tmp_path / "vmstat").write_text(content)
+        with pytest.raises(RuntimeError, match="ended with SIGKILL"):
+            run({"signal": signal.SIGKILL})
+
+
 def test_another_system_is_told_so(run, monkeypatch):
     monkeypatch.setattr(fresh_process.sys, "platform", "darwin")
     with pytest.raises(RuntimeError, match="darwin does not have"):

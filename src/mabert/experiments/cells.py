@@ -25,6 +25,7 @@ from rich.console import Console
 from mabert.experiments.stamp import stamp
 from mabert.files import atomic_write, digest, lock
 from mabert.training.callbacks import TrainingInterruptedError, say
+from mabert.training.run_config import model_files
 
 WAIT_SECONDS = 2.0
 TIME_IS_UP = "the time is up"
@@ -137,7 +138,7 @@ class CellStore:
         """Keep what an earlier try of this cell left in its folder, nothing of one with other choices or weights."""
         path = scratch / BEGUN
         weights = {
-            need.name: {file.name: digest(file) for file in sorted(need.artifact.parent.glob("*.safetensors"))}
+            need.name: {file.name: digest(file) for file in model_files(need.artifact.parent)}
             for need in cell.needs
             if need.artifact is not None
         }

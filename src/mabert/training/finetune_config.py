@@ -151,14 +151,18 @@ class FinetuneConfig(RunConfig):
         return self.dev_from_train or (self.task is None and self.dev is None)
 
     @property
+    def tables(self) -> dict[str, Path]:
+        """The files that are read, by the names of their splits; train first."""
+        if self.task is not None and self.glue is not None:
+            paths = glue_paths(self.glue, self.task)
+        else:
+            paths = {name: path for name in ("train", "dev", "test") if (path := getattr(self, name)) is not None}
+        return {name: path for name, path in paths.items() if name == "train" or not self.dev_from_train}
+
+    @property
     def reads(self) -> tuple[Path, ...]:
         """The model to start from, and the data."""
-        if self.task is not None and self.glue is not None:
-            tables: dict[str, Path | None] = {**glue_paths(self.glue, self.task)}
-        else:
-            tables = {name: getattr(self, name) for name in ("train", "dev", "test")}
-        wanted = [path for name, path in tables.items() if path and (name == "train" or not self.dev_from_train)]
-        return (*model_files(self.model), *wanted)
+        return (*model_files(self.model), *self.tables.values())
 
     @property
     def overrides(self) -> tuple[tuple[str, str], ...]:

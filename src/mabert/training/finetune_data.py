@@ -107,15 +107,12 @@ def _subset(config: FinetuneConfig, name: str, rows: int, train_rows: int) -> st
 def _read_task(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ...]]:
     assert config.task is not None
     assert config.glue is not None
-    splits = ("train",) if config.dev_from_train else None
-    return load_glue(config.glue, config.task, splits=splits), glue_task(config.task).metrics
+    return load_glue(config.glue, config.task, splits=config.tables), glue_task(config.task).metrics
 
 
 def _read_tables(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ...]]:
-    names = ("train",) if config.dev_from_train else ("train", "dev", "test")
-    paths = {name: path for name in names if (path := getattr(config, name)) is not None}
     tables: dict[str, Table] = {}
-    for name, path in paths.items():
+    for name, path in config.tables.items():
         tables[name] = read_table(
             path,
             text_columns=[column for column in (config.text_column, config.text_pair_column) if column is not None],

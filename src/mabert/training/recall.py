@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -165,6 +166,9 @@ def train_recall(
         raise ValueError(
             f"text_tokens={text_tokens} must be a number of tokens of a language's text: give the language."
         )
+    if language is not None:
+        for task in tasks:
+            language.check(task)
     pupil = _Pupil(model, tasks, run, language, text_tokens, checkpoint)
     lessons, done = run.lessons_for(tasks[0]), pupil.training
     steps = sum(run.lesson_steps) + run.steps
@@ -295,12 +299,9 @@ class _Pupil:
     def _text(self, step: int) -> Tensor:
         """Rows of plain text from anywhere, other ones in each step, as long as the longest rows of the tasks."""
         assert self.language is not None
-        text, length = torch.from_numpy(self.language.text), self.text_length
-        if len(text) < length:
-            raise ValueError(f"the language's text has {len(text)} tokens: too few for a row of {length}.")
-        draw = torch.Generator().manual_seed(2**32 * self.run.seed + step)
-        starts = torch.randint(len(text) - length + 1, (max(1, self.text_tokens // length),), generator=draw)
-        return text.unfold(0, length, 1)[starts]
+        rng, anything = np.random.default_rng([self.run.seed, step]), np.empty(0, np.int64)
+        rows = range(max(1, self.text_tokens // self.text_length))
+        return torch.from_numpy(np.stack([self.language.text_at(rng, self.text_length, anything) for _ in rows]))
 
     def save(self) -> None:
         """Write all that a later process needs to go on."""
