@@ -112,6 +112,18 @@ def test_all_leaves_out_times_where_some_are_of_another_machine(tmp_path, caplog
         run_cells(cells_of(["efficiency"], ours), ours.finetuning.store, console=QUIET)
 
 
+def test_what_measures_no_time_stays_where_times_are_left_out(tmp_path):
+    ours = suite(tmp_path)
+    of_losses = {cell.name for cell in ours.transpoints() if not cell.alone}
+    timed = next(cell for cell in cells_of(["transpoints"], ours) if cell.alone)
+    elsewhere = Cell(timed.name, timed.config | {"hardware": "another card"}, dict)
+    run_cells([elsewhere], ours.finetuning.store, console=QUIET)
+    found = {cell.name for cell in ours.all()}
+    assert any(name.startswith("causal/TransMamba") for name in of_losses)
+    assert of_losses <= found
+    assert timed.name not in found
+
+
 def test_without_cola_drift_is_that_of_generated_sentences(tmp_path):
     ours = suite(tmp_path, data=write_data(tmp_path / "data"))  # which has RTE and MNLI
     cells = [cell for cell in cells_of(["drift"], ours) if cell.name.startswith("drift/")]

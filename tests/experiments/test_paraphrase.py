@@ -191,9 +191,9 @@ def test_a_checkpoint_is_taught_before_everything(made):
 def test_taught_is_on_training_text_and_asked_on_held_out_text_in_the_same_words(made, monkeypatch):
     experiment, seen = made[0], {}
 
-    def train(model, tasks, run, report, *, language, text_tokens, checkpoint):
+    def train(model, tasks, run, report, *, language, text_shape, checkpoint):
         seen["taught"] = tasks, run, language
-        assert text_tokens == run.tokens
+        assert text_shape == experiment.base("sequential").config["text_shape"] == (run.tokens // 128, 128)
         raise RecordedError
 
     def evaluate(model, task, rows, *, language, batch_size):

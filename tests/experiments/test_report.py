@@ -20,8 +20,9 @@ from rich.console import Console
 import screenshot_report
 from mabert.experiments.efficiency import efficiency_cell
 from mabert.experiments.recall import Recall
-from mabert.experiments.report import write_report
+from mabert.experiments.report import plots, write_report
 from mabert.experiments.report.collect import Record
+from mabert.experiments.report.plots import Series
 from mabert.experiments.report.pretraining import tokens_at
 from mabert.experiments.scales import tiny
 from mabert.experiments.transpoints import timing_cells
@@ -426,7 +427,16 @@ def test_no_published_time_stands_beside_batches_of_mixed_lengths(results: Path)
         assert "Published" not in page.figure(f"{title}, best")["text"]
 
 
-def test_time_and_memory_by_length_and_what_did_not_fit(results: Path) -> None:
+def test_time_and_memory_by_length_and_what_did_not_fit(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked: dict[str, list[float]] = {}
+
+    def draw(axes: Any, line: Series, *rest: Any) -> None:
+        if line.failed:
+            marked[f"{axes.get_ylabel()}: {line.name}"] = list(line.failed)
+        draw_line(axes, line, *rest)
+
+    draw_line = plots._draw
+    monkeypatch.setattr(plots, "_draw", draw)
     for model, milliseconds in {
         "MaBERT": 10.0,
         "BERT": 20,
@@ -441,6 +451,7 @@ def test_time_and_memory_by_length_and_what_did_not_fit(results: Path) -> None:
     timed(results / "tiny", "inference", "BERT", 512, {"out_of_memory": True} | limits)
     timed(results / "tiny", "training", "BERT", 512, {"over_time": True} | limits)
     page = report(results)
+    assert marked == {"peak memory (MiB): BERT": [512], "inference (ms): BERT": [512], "training step (ms): BERT": [512]}
     assert page.rows("Table B7")["MaBERT"] == ["10.0", "40.0"]
     assert page.rows("Table B7")["BERT"] == ["20.0", "out of memory > 20.0 GiB"]
     assert page.rows("Table B7")["BERT, published"] == ["5.2", "5.3"]

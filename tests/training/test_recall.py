@@ -215,7 +215,7 @@ class TestText:
 
     def test_a_model_learns_the_text_that_it_is_taught_beside(self):
         with_text, without = made("A"), made("A")
-        losses = self.taught(with_text, text_tokens=96).text
+        losses = self.taught(with_text, text_shape=(4, 24)).text
         assert self.taught(without).text == []
         assert len(losses) == 60
         ids = torch.from_numpy(self.LANGUAGE.text[:24])[None]
@@ -226,14 +226,14 @@ class TestText:
     def test_rows_of_text_are_other_ones_in_every_step_and_learnt_whole(self):
         model, batches = made(), []
         model.register_forward_pre_hook(lambda _, args, inputs: batches.append(inputs), with_kwargs=True)
-        train_recall(model, [TASK], run(steps=3, tokens=24), language=self.LANGUAGE, text_tokens=60)
+        train_recall(model, [TASK], run(steps=3, tokens=24), language=self.LANGUAGE, text_shape=(2, 30))
         texts = batches[1::2]
-        assert [tuple(batch["input_ids"].shape) for batch in texts] == [(2, 24)] * 3
+        assert [tuple(batch["input_ids"].shape) for batch in texts] == [(2, 30)] * 3
         assert all((batch["input_ids"] == batch["labels"]).all() for batch in texts)
         assert len({tuple(row.tolist()) for batch in texts for row in batch["input_ids"]}) > 3
 
     def test_a_stopped_training_goes_on_with_its_text(self, tmp_path, monkeypatch):
-        whole = self.taught(made(), text_tokens=48)
+        whole = self.taught(made(), text_shape=(2, 24))
         monkeypatch.setattr(recall, "SAVE_SECONDS", -1)
         learn, calls = recall._Pupil._learn, iter(range(60))
 
@@ -245,17 +245,20 @@ class TestText:
         with monkeypatch.context() as patch:
             patch.setattr(recall._Pupil, "_learn", dies)
             with pytest.raises(KeyboardInterrupt):
-                self.taught(made(), text_tokens=48, checkpoint=tmp_path / "training.pt")
-        assert self.taught(made(), text_tokens=48, checkpoint=tmp_path / "training.pt") == whole
+                self.taught(made(), text_shape=(2, 24), checkpoint=tmp_path / "training.pt")
+        assert self.taught(made(), text_shape=(2, 24), checkpoint=tmp_path / "training.pt") == whole
         with pytest.raises(ValueError, match="other tasks or other choices"):
-            self.taught(made(), text_tokens=24, checkpoint=tmp_path / "training.pt")
+            self.taught(made(), text_shape=(1, 24), checkpoint=tmp_path / "training.pt")
 
     def test_text_without_a_language_or_too_little_of_it_is_refused(self):
-        with pytest.raises(ValueError, match=r"text_tokens=24 must be .* give the language"):
-            train_recall(made(), [TASK], run(), text_tokens=24)
+        with pytest.raises(ValueError, match=r"text_shape=\(1, 24\) .* give the language"):
+            train_recall(made(), [TASK], run(), text_shape=(1, 24))
+        for shape in ((0, 24), (1, 1), (1, 1201)):
+            with pytest.raises(ValueError, match=r"at least one row .* which are 1,200"):
+                train_recall(made(), [TASK], run(), language=self.LANGUAGE, text_shape=shape)
         short = replace(self.LANGUAGE, text=self.LANGUAGE.text[:23])
         with pytest.raises(ValueError, match=r"23 tokens.* a row of 24"):
-            train_recall(made(), [TASK], run(), language=short, text_tokens=24)
+            train_recall(made(), [TASK], run(), language=short)
 
 
 class TestSteps:

@@ -40,8 +40,8 @@ from mabert.training.runs import publish
 
 TAUGHT = "mqar"
 """The kind of recall that checkpoints learn; the others show what it is worth elsewhere."""
-LANGUAGE_TOKENS = 200_000
-"""Tokens of text that stand between facts, in pieces from all over."""
+LANGUAGE_TOKENS = 4_000_000
+"""Tokens at most, in pieces from all over, of the text that stands between facts and is predicted beside them."""
 WORDS_A_TOKEN = 0.7  # about, of WordPiece: the text suffices for the steps about once
 GAINS = {"paraphrase": (0, 1), "verbatim": (0, 0)}
 """What a passage is to help with: predicting its paraphrase, and predicting itself."""
@@ -114,7 +114,7 @@ class Paraphrase:
                 "checkpoint": pretrained.config,
                 "task": asdict(task),
                 "run": asdict(run),
-                "text_tokens": run.tokens,
+                "text_shape": self._text_shape(run),
             },
             run=partial(self._teach, self._folder(pretrained), task, run, folder),
             needs=(pretrained,),
@@ -185,7 +185,7 @@ class Paraphrase:
             run,
             partial(say, self.console),
             language=self._language("train"),
-            text_tokens=run.tokens,
+            text_shape=self._text_shape(run),
             checkpoint=state,
         )
         publish(model, tokenizer, folder)
@@ -197,6 +197,11 @@ class Paraphrase:
             "text_losses": done.text[:: max(1, len(done.text) // 50)],
             "weights": digest(folder / SAFE_WEIGHTS_NAME),
         }
+
+    def _text_shape(self, run: RecallRun) -> tuple[int, int]:
+        """As much text as rows of the task, in rows as long as those of pretraining, where held-out text is asked."""
+        length = self.models.scale.length
+        return max(1, run.tokens // length), length
 
     def _train(self, checkpoint: Path, augmentation: Augmentation, output: Path) -> dict[str, Any]:
         scale, causal, text = self.scale, self.models.scale, output / "text.txt"

@@ -139,7 +139,7 @@ def train_recall(
     report: Callable[[str], None] = lambda line: None,
     *,
     language: Language | None = None,
-    text_tokens: int = 0,
+    text_shape: tuple[int, int] | None = None,
     checkpoint: Path | None = None,
 ) -> RecallTraining:
     """Train a model on fresh rows, of which the answers alone are learnt: the lessons, then the tasks in turns.
@@ -148,8 +148,8 @@ def train_recall(
         tasks: of one kind; a step has rows of one of them.
         report: is given a line about progress and time left now and then.
         language: teach in the tokens of a tokenizer, with real text between the facts.
-        text_tokens: predict so many tokens of the language's text as well in every step. Answers alone make a language
-            model forget its language.
+        text_shape: (rows, tokens of each) of the language's text that every step predicts as well. Answers alone make a
+            language model forget its language.
         checkpoint: a file to which everything is saved once a minute and at the end; if it is there, the training goes
             on from it, with the losses that it would have had without the stop.
 
@@ -162,14 +162,12 @@ def train_recall(
     if len({(task.kind, task.vocab_size) for task in tasks}) != 1:
         raise ValueError("tasks must be at least one, all of one kind and vocabulary.")
     _check_vocabulary(model, tasks[0], language)
-    if text_tokens < 0 or (text_tokens and language is None):
-        raise ValueError(
-            f"text_tokens={text_tokens} must be a number of tokens of a language's text: give the language."
-        )
+    if text_shape is not None:
+        _check_text(text_shape, language)
     if language is not None:
         for task in tasks:
             language.check(task)
-    pupil = _Pupil(model, tasks, run, language, text_tokens, checkpoint)
+    pupil = _Pupil(model, tasks, run, language, text_shape, checkpoint)
     lessons, done = run.lessons_for(tasks[0]), pupil.training
     steps = sum(run.lesson_steps) + run.steps
     first, began = done.steps, time.monotonic()
@@ -196,6 +194,17 @@ def _check_vocabulary(model: PreTrainedModel, task: RecallTask, language: Langua
     has, needs = model.config.vocab_size, task.vocab_size if language is None else language.highest + 1
     if has < needs:
         raise ValueError(f"the model has {has:,} tokens, but the task {needs:,}: give fewer, or another model.")
+
+
+def _check_text(shape: tuple[int, int], language: Language | None) -> None:
+    rows, length = shape
+    if language is None:
+        raise ValueError(f"text_shape={shape} is that of a language's text: give the language.")
+    if rows < 1 or not 2 <= length <= len(language.text):
+        raise ValueError(
+            f"text_shape={shape} must be at least one row of at least 2 tokens, and of no more than the language's text "
+            f"has, which are {len(language.text):,}."
+        )
 
 
 def _check_probe(model: PreTrainedModel, memories: str) -> None:
@@ -231,11 +240,11 @@ class _Pupil:
         tasks: Sequence[RecallTask],
         run: RecallRun,
         language: Language | None,
-        text_tokens: int,
+        text_shape: tuple[int, int] | None,
         checkpoint: Path | None,
     ) -> None:
         self.model, self.run, self.language, self.checkpoint = model, run, language, checkpoint
-        self.text_tokens, self.text_length = text_tokens, max(task.length for task in tasks)
+        self.text_shape = text_shape
         self.device, self.training = default_device(), RecallTraining()
         model.to(self.device).train()  # type: ignore[arg-type]
         self.optimizer = adamw(model, learning_rate=run.learning_rate, betas=BETAS, weight_decay=0.0)
@@ -245,7 +254,7 @@ class _Pupil:
                 "tasks": [asdict(task) for task in tasks],
                 "model": model.config.to_diff_dict(),
                 "language": None if language is None else language.digest,
-                "text_tokens": text_tokens,
+                "text_shape": text_shape,
                 "weights": _digest(model),
             }
             self.identity = json.dumps(whole, sort_keys=True, default=str)
@@ -275,8 +284,8 @@ class _Pupil:
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.learning_rate * min(1.0, step / WARM_UP) * decay
         value = self._learn(batch["input_ids"], batch["labels"])
-        if self.text_tokens:
-            ids = self._text(step)
+        if self.text_shape:
+            ids = self._text(step, *self.text_shape)
             self.training.text.append(self._learn(ids, ids))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -296,12 +305,11 @@ class _Pupil:
         loss.backward()
         return value
 
-    def _text(self, step: int) -> Tensor:
-        """Rows of plain text from anywhere, other ones in each step, as long as the longest rows of the tasks."""
+    def _text(self, step: int, rows: int, length: int) -> Tensor:
+        """Rows of plain text from anywhere, other ones in each step."""
         assert self.language is not None
         rng, anything = np.random.default_rng([self.run.seed, step]), np.empty(0, np.int64)
-        rows = range(max(1, self.text_tokens // self.text_length))
-        return torch.from_numpy(np.stack([self.language.text_at(rng, self.text_length, anything) for _ in rows]))
+        return torch.from_numpy(np.stack([self.language.text_at(rng, length, anything) for _ in range(rows)]))
 
     def save(self) -> None:
         """Write all that a later process needs to go on."""
