@@ -193,7 +193,7 @@ def test_taught_is_on_training_text_and_asked_on_held_out_text_in_the_same_words
 
     def train(model, tasks, run, report, *, language, text_shape, checkpoint):
         seen["taught"] = tasks, run, language
-        assert text_shape == experiment.base("sequential").config["text_shape"] == (run.tokens // 128, 128)
+        assert text_shape == experiment.base("sequential").config["text_shape"] == (1, 128)
         raise RecordedError
 
     def evaluate(model, task, rows, *, language, batch_size):
