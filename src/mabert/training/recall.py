@@ -202,8 +202,8 @@ def _check_text(shape: tuple[int, int], language: Language | None) -> None:
         raise ValueError(f"text_shape={shape} is that of a language's text: give the language.")
     if rows < 1 or not 2 <= length <= len(language.text):
         raise ValueError(
-            f"text_shape={shape} must be at least one row of at least 2 tokens, and of no more than the language's text "
-            f"has, which are {len(language.text):,}."
+            f"text_shape={shape} must be at least one row of at least 2 tokens, and of no more than the language's "
+            f"text has, which are {len(language.text):,}."
         )
 
 
