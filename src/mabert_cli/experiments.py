@@ -35,7 +35,12 @@ Only = Annotated[
 ]
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this long; the same command goes on from there.")]
 Jobs = Annotated[
-    int | None, typer.Option(help="Processes at a time; default: one a core (4 at most), with a GPU one.", min=1)
+    int | None,
+    typer.Option(
+        help="Processes at a time, which share the cores unless OMP_NUM_THREADS is set; default: one a core "
+        "(4 at most), with a GPU one.",
+        min=1,
+    ),
 ]
 Helper = Annotated[bool, typer.Option("--helper", hidden=True)]
 
@@ -184,7 +189,7 @@ def compute(
     # on Windows no lock keeps two processes from one cell
     one = torch.accelerator.is_available() or sys.platform == "win32"
     jobs = jobs or (1 if one else min(cores, 4))
-    if not torch.accelerator.is_available():
+    if not torch.accelerator.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // jobs))
     try:
         with helpers(0 if helper else jobs - 1, store.work, jobs):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny_experiments
+import torch
 from tiny_models import write_bert, write_mabert
 from typer.testing import CliRunner, Result
 
@@ -101,6 +102,19 @@ def test_bad_words_are_refused(tmp_path: Path, words: list[str], message: str) -
     result = run("experiment", *words, "--results", tmp_path / "r", "--work", tmp_path / "w", "--jobs", 1)
     assert result.exit_code == 2
     assert message in plain(result.output)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("1", []), (None, [6])])
+def test_the_cores_are_shared_out_unless_the_environment_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, expected: list[int]
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", said) if said else monkeypatch.delenv("OMP_NUM_THREADS")
+    assert run(*arguments(tmp_path, "patterns"), "--only", "text").exit_code == 0
+    assert threads == expected
 
 
 def test_data_without_text_is_refused(tmp_path: Path) -> None:
