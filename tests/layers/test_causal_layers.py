@@ -291,14 +291,13 @@ def test_merged_attention_reaches_as_far_in_every_precision(
     assert (actual - expected).norm() < tolerance * expected.norm()
 
 
-def test_causal_attention_with_dropout_in_pieces_sees_no_later_token(monkeypatch):
+@pytest.mark.parametrize("window", [None, 4])
+def test_causal_attention_with_dropout_sees_no_later_token(window):
     config = HybridConfig(**SIZES, pattern="T", attn_implementation="sdpa", attention_probs_dropout_prob=1e-9)
-    layer = Attention(config, is_causal=True).train()
+    layer = Attention(config, is_causal=True, window=window)
     torch.manual_seed(0)
-    qkv = torch.randn(12, 3, 3, 8)
-    whole = layer(qkv, rows(1, 12))
-    monkeypatch.setattr(attention_module, "SCORES_AT_ONCE", 3 * 12 * 4)
-    torch.testing.assert_close(layer(qkv, rows(1, 12)), whole)
+    qkv = torch.randn(24, 3, 3, 8)
+    torch.testing.assert_close(layer.train()(qkv, rows(2, 12)), layer.eval()(qkv, rows(2, 12)))
 
 
 def test_sees():

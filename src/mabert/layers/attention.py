@@ -7,21 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mabert.config import MaBertConfig
 from mabert.ops import SequenceLayout
+from mabert.ops.dropout_attention import dropout_attention, sees
 
 # What packed attention costs on a CPU, in units of a query meeting a key in one feature: a call of its own for a
 # sequence, and one feature of a place in the grid copied. Chosen for the least time lost over the mixtures of lengths
 # that benchmarks/kernels.py measures.
 CALL_COST = 4e5
 COPY_COST = 16.0
-
-# torch's CPU attention writes out its scores when it drops some: at most so many at a time.
-SCORES_AT_ONCE = 2**23
 
 
 def eager_attention(
@@ -70,7 +67,7 @@ class Attention(nn.Module):
                 max_length_q=layout.max_length,
                 max_length_k=layout.max_length,
             )[0]
-        if self.config._attn_implementation == "sdpa" and varlen_runs(qkv, self._dropout):
+        if self._sdpa and varlen_runs(qkv, self._dropout):
             query, key, value = qkv.unbind(1)
             ends, longest = layout.cu_seqlens, layout.max_length
             left, right = -1 if self.window is None else self.window - 1, 0 if self.is_causal else -1
@@ -96,44 +93,29 @@ class Attention(nn.Module):
         return self.config.attention_probs_dropout_prob if self.training else 0.0
 
     @property
+    def _sdpa(self) -> bool:
+        return self.config._attn_implementation == "sdpa"
+
+    @property
     def _flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
 
     def _attend(self, qkv: Tensor, mask_BL: Tensor | None, **kwargs: object) -> Tensor:
         """(B, L, 3, K, P) to (B, L, K, P)."""
-        mask = None
-        if mask_BL is not None:
-            # a row of pads attends to itself: its output is dropped, but an empty softmax would be NaN
-            mask = mask_BL if self._flash else (mask_BL | ~mask_BL.any(dim=1, keepdim=True))[:, None, None, :]
         query, key, value = qkv.transpose(1, 3).unbind(2)
+        if mask_BL is not None and not self._flash:
+            # a row of pads attends to itself: its output is dropped, but an empty softmax would be NaN
+            mask_BL = mask_BL | ~mask_BL.any(dim=1, keepdim=True)
+        if self._dropout and self._sdpa and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            return dropout_attention(
+                query, key, value, self._dropout, mask=mask_BL, is_causal=self.is_causal, window=self.window
+            ).transpose(1, 2)
+        mask = mask_BL if self._flash or mask_BL is None else mask_BL[:, None, None, :]
         if self._flash and self.window is not None:
             kwargs["sliding_window"] = self.window
-        dropout, length = self._dropout, query.shape[2]
-        if dropout and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-            queries = max(1, SCORES_AT_ONCE // (query.shape[:-1].numel() or 1))
-            if queries < length:
-                attended = []
-                for start in range(0, length, queries):
-                    end = min(start + queries, length)
-                    seen = self._seen(start, end, length, qkv.device) if self.is_causal else mask
-                    chunk = query[:, :, start:end]
-                    attended.append(checkpoint(self._call, chunk, key, value, seen, use_reentrant=False))
-                return torch.cat(attended, dim=1)
-        if self.is_causal and not self._flash and not self._interface_is_causal:
-            mask = self._seen(0, length, length, qkv.device)
-        return self._call(query, key, value, mask, **kwargs)
-
-    @property
-    def _interface_is_causal(self) -> bool:
-        return self.window is None and self.config._attn_implementation == "sdpa"
-
-    def _seen(self, start: int, end: int, length: int, device: torch.device) -> Tensor:
-        """(end - start, length) bool, True where a query sees a key."""
-        query, key = torch.arange(start, end, device=device)[:, None], torch.arange(length, device=device)
-        return sees(query, key, self.window)
-
-    def _call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object) -> Tensor:
-        """(B, K, L, P) each to (B, L, K, P)."""
+        if self.is_causal and not self._flash and not (self._sdpa and self.window is None):
+            index = torch.arange(query.shape[2], device=qkv.device)
+            mask = sees(index[:, None], index, self.window)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, _ = interface(
             self,
@@ -177,12 +159,6 @@ class SelfAttention(nn.Module):
             cos, sin = rotary_angles(layout.positions, self.head_size, self.rope_theta, query.dtype)
             qkv = torch.stack((rotate(query, cos, sin), rotate(key, cos, sin), value), dim=-3)
         return self.out_proj(self.attention(qkv, layout).flatten(-2))
-
-
-def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether queries at these indices see keys at those (broadcast): up to their own, `window` of them at most."""
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
 
 
 def varlen_runs(qkv: Tensor, dropout: float) -> bool:
