@@ -92,6 +92,7 @@ def test_recall_and_gains_are_measured_before_and_after(made):
     assert before["weights"] != after["weights"]
     for result in (before, after):
         assert result["recall"].keys() == {"mqar", "phonebook", "passkey"}
+        assert {tuple(scores) for scores in result["recall"].values()} == {("32", "128")}
         assert result["gains"].keys() == {"paraphrase", "verbatim"}
         assert result["held_out_loss"] > 0
         assert result["gains"]["verbatim"]["gain"] == pytest.approx(
@@ -116,7 +117,7 @@ def test_scores_are_those_of_the_model_on_what_is_held_out(made, index):
     for task in SCALE.asked_in_words():
         guessing = task.guessing(4, EVALUATION_SEED)
         expected = asdict(evaluate_recall(model, task, 4, language=language)) | {"guessing": guessing}
-        assert result["recall"][task.kind] == close(expected)
+        assert result["recall"][task.kind][str(task.length)] == close(expected)
 
     pairs = experiment.sources.pairs()[1][:4]
     assert result["gains"]["paraphrase"] == close(gain(model, tokenizer, pairs, 0, 1))
@@ -131,8 +132,9 @@ def test_scores_are_those_of_the_model_on_what_is_held_out(made, index):
 def test_training_moves_every_score(made):
     before, after = (content(made, cell)["result"] for cell in made[1])
     assert abs(before["held_out_loss"] - after["held_out_loss"]) > 1e-4
-    for kind, score in before["recall"].items():
-        assert abs(score["loss"] - after["recall"][kind]["loss"]) > 1e-4
+    for kind, scores in before["recall"].items():
+        for length, score in scores.items():
+            assert abs(score["loss"] - after["recall"][kind][length]["loss"]) > 1e-4
     for name, losses in before["gains"].items():
         for part, loss in losses.items():
             assert abs(loss - after["gains"][name][part]) > 1e-4, (name, part)
@@ -173,7 +175,7 @@ def test_a_checkpoint_is_taught_before_everything(made):
     experiment = made[0]
     base = experiment.base("sequential")
     taught = content(made, base)
-    assert taught["config"]["task"]["kind"] == "mqar"
+    assert (taught["config"]["task"]["kind"], taught["config"]["task"]["length"]) == ("mqar", 32)
     assert taught["config"]["run"]["steps"] == 4
     assert [lesson["pairs"] for lesson in taught["result"]["lessons"]] == [0, 1]
     assert (taught["result"]["taught"], len(taught["result"]["losses"])) == (8, 4)

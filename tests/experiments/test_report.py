@@ -624,7 +624,10 @@ def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> N
         result = {
             "held_out_loss": 3.974 if text == "before" else 4.1,
             "recall": {
-                kind: {"accuracy": accuracy + less, "loss": 2.0 + less, "guessing": 0.555}
+                kind: {
+                    length: {"accuracy": accuracy + less + longer, "loss": 2.0 + less, "guessing": 0.555}
+                    for length, longer in (("1024", -0.1), ("256", 0.0))
+                }
                 for kind, less in (("mqar", 0.0), ("phonebook", 0.01), ("passkey", 0.02))
             },
             "gains": {"paraphrase": {"gain": 0.25}, "verbatim": {"gain": 0.35}},
@@ -642,9 +645,22 @@ def test_recall_before_and_after_paraphrases_stands_together(results: Path) -> N
     assert guessed in page.figure("Paraphrases · sequential")["text"]
     rows = page.rows("Paraphrases · sequential")
     assert list(rows) == ["before", "none", "paraphrase@25"]
-    assert rows["before"] == ["3.974", "10.0%", "2.000", "11.0%", "2.010", "12.0%", "2.020", "0.250", "0.350"]
-    head = [column.split()[0] for column in page.figure("Paraphrases · sequential")["rows"][0][1:]]
-    assert head == ["held-out", "mqar", "mqar", "phonebook", "phonebook", "passkey", "passkey", "gain,", "gain,"]
+    assert rows["before"][:5] == ["3.974", "10.0%", "2.000", "0.0%", "2.000"]
+    assert rows["before"][5:] == [
+        "11.0%",
+        "2.010",
+        "1.0%",
+        "2.010",
+        "12.0%",
+        "2.020",
+        "2.0%",
+        "2.020",
+        "0.250",
+        "0.350",
+    ]
+    head = page.figure("Paraphrases · sequential")["rows"][0][2:-2:2]
+    asked = [f"{kind}, {length} tokens" for kind in ("mqar", "phonebook", "passkey") for length in ("256", "1,024")]
+    assert all(column.startswith(name) for column, name in zip(head, asked, strict=True)), head
     assert rows["paraphrase@25"][:2] == ["4.100 ±0.000", "40.0% ±14.1%"]
     assert rows["none"][0] == "– 1 of 2 cells"
 

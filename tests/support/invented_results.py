@@ -241,7 +241,7 @@ def _recall(folder: Path, scale: Scale, rng: random.Random) -> None:
             score = {"accuracy": rng.uniform(0, 0.3), "loss": rng.uniform(3, 6), "guessing": 0.5}
             result = {
                 "held_out_loss": rng.gauss(4.2, 0.1),
-                "recall": dict.fromkeys(RECALL_KINDS, score),
+                "recall": {kind: {"32": score, "128": score} for kind in RECALL_KINDS},
                 "gains": {name: {"gain": rng.uniform(0, 1)} for name in GAINS},
             }
             if text != "before":

@@ -1,4 +1,4 @@
-"""Continual training on paraphrases: recall before and after, beside controls (arXiv 2510.26912).
+"""Continual training on paraphrases: recall before and after (after arXiv 2510.26912), beside controls of our own.
 
 A causal model of the scale goes on from its checkpoint, on text of which a share is passages with their paraphrases. A
 checkpoint of so little text recalls nothing, and nothing could be seen of what becomes of it: so it learns to recall
@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from mabert.data.corpus import iter_documents
 from mabert.data.next_token import NextTokenDataset
 from mabert.data.paraphrase import Augmentation, Pair
-from mabert.data.recall import Language, RecallTask
+from mabert.data.recall import KINDS, Language, RecallTask
 from mabert.data.rows import Rows
 from mabert.data.shards import Shards
 from mabert.data.tokenizer import load_tokenizer
@@ -107,7 +107,7 @@ class Paraphrase:
         pretrained = self.models.pretraining(model)
         run = replace(run, bf16=self.sources.scale.bf16 and torch.cuda.is_available())
         folder = self.models.work / "paraphrase" / model / "base" / "0"
-        (task,) = (task for task in self.sources.scale.asked_in_words() if task.kind == TAUGHT)
+        task = next(task for task in self.sources.scale.asked_in_words() if task.kind == TAUGHT)
         return Cell(
             name=f"paraphrase/{model}/base/0",
             config={
@@ -165,7 +165,7 @@ class Paraphrase:
         return {
             "checkpoint": start.config,
             "pairs": self.sources.pairs_identity(),
-            "facts": self.scale.pairs,
+            "tasks": [asdict(task) for task in self.sources.scale.asked_in_words()],
             "eval_rows": self.scale.eval_rows,
         }
 
@@ -247,10 +247,12 @@ class Paraphrase:
         scale, causal = self.scale, self.models.scale
         tokenizer = load_tokenizer(self.sources.tokenizer)
         model = load_model(AutoModelForCausalLM, folder)
-        language, recall = self._language("valid"), {}
+        language = self._language("valid")
+        recall: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         for task in self.sources.scale.asked_in_words():
             score = evaluate_recall(model, task, scale.eval_rows, language=language, batch_size=16)
-            recall[task.kind] = asdict(score) | {"guessing": task.guessing(scale.eval_rows, EVALUATION_SEED)}
+            guessing = task.guessing(scale.eval_rows, EVALUATION_SEED)
+            recall[task.kind][str(task.length)] = asdict(score) | {"guessing": guessing}
         _, held_out = self.sources.pairs()
         chosen = held_out[: scale.eval_rows]
         gains = {name: gain(model, tokenizer, chosen, first, then) for name, (first, then) in GAINS.items()}

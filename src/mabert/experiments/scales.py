@@ -361,14 +361,16 @@ class Scale:
             raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(SCALES)}.")
 
     def asked_in_words(self) -> list[RecallTask]:
-        """What `paraphrase` asks of a model in the words of its tokenizer, in rows of a quarter of its length.
+        """What `paraphrase` asks of a model in the words of its tokenizer: in rows of a quarter of its length, which
+        are those that teach, and in whole ones, where more gets lost.
 
         Raises:
             ValueError: there is no room for so many facts.
         """
-        length, pairs = self.causal.length // 4, self.paraphrase.pairs
+        length, pairs = self.causal.length, self.paraphrase.pairs
         return [
-            RecallTask(kind=kind, length=length, pairs=1 if kind == "passkey" else pairs, vocab_size=WORDS)
+            RecallTask(kind=kind, length=tokens, pairs=1 if kind == "passkey" else pairs, vocab_size=WORDS)
+            for tokens in (length // 4, length)
             for kind in KINDS
         ]
 
@@ -533,7 +535,6 @@ def cpu() -> Scale:
             ratios=(0.25,),
             orders=("passage-first",),
             steps=100,
-            seeds=1,
             taught=300,
             taught_tokens=1_024,
             taught_learning_rate=1e-3,

@@ -34,9 +34,11 @@ def _table(results: Results, model: str) -> Table:
     seeds = sorted({int(seed) for text, seed in found if text != BEFORE})
     columns = [Column("held-out loss", ("nats a token",), "low")]
     values: list[tuple[Callable[[Record], float], str]] = []
-    for kind in KINDS:
-        columns += [Column(kind, ("answers right",), "high"), Column(kind, ("nats of the answers",), "low")]
-        values += [(_recall(kind, "accuracy"), ".1%"), (_recall(kind, "loss"), ".3f")]
+    records = results.found(f"paraphrase/{model}/{text}/{seed}" for text, seed in found)
+    for kind, length in _asked(records):
+        title = f"{kind}, {length:,} tokens"
+        columns += [Column(title, ("answers right",), "high"), Column(title, ("nats of the answers",), "low")]
+        values += [(_recall(kind, length, "accuracy"), ".1%"), (_recall(kind, length, "loss"), ".3f")]
     for name in GAINS:
         columns.append(Column(f"gain, {name}", ("nats a token",), "high"))
         values.append((_gain(name), ".3f"))
@@ -46,12 +48,12 @@ def _table(results: Results, model: str) -> Table:
         wanted += names
         loss = results.measure(names, _loss)
         rows.append(Row(text, [entry(loss), *(entry(results.measure(names, value), form) for value, form in values)]))
-    records = results.found(wanted)
     tokens = sorted({int(record.at("tokens")) for record in records if "tokens" in record.result})
     caption = (
         f"{at_scale(results)}; {' or '.join(f'{n:,}' for n in tokens) or 'no'} tokens of continual training; "
         f"{counted([len(seeds)], 'seed')} of it, from one checkpoint. {_taught(results, model)}Recall is asked in "
-        "words of the vocabulary with real held-out text between, in rows of a quarter of the length. "
+        "words of the vocabulary with real held-out text between, in rows of a quarter of the model's length, as they "
+        "were taught, and in whole ones, which were not. "
         f"{_guessed(records)}Gain: how much better a held-out paraphrase, or passage, is predicted behind its passage "
         "than behind another pair's."
     )
@@ -73,15 +75,29 @@ def _taught(results: Results, model: str) -> str:
     return said
 
 
+def _asked(records: Sequence[Record]) -> list[tuple[str, int]]:
+    """Kinds of recall with the lengths of their rows."""
+    return [
+        (kind, length)
+        for kind in KINDS
+        for length in sorted({int(length) for record in records for length in record.at("recall", kind)})
+    ]
+
+
 def _guessed(records: Sequence[Record]) -> str:
     """What one gets in each kind who knows the answers in a row and guesses whose they are."""
-    shares = {(kind, record.at("recall", kind, "guessing")) for record in records for kind in KINDS}
+    shares = {
+        (kind, score["guessing"])
+        for record in records
+        for kind in KINDS
+        for score in record.at("recall", kind).values()
+    }
     told = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares) if share < 1)
     return f"Who knows a row's answers and guesses whose they are: {told} (simulated). " if told else ""
 
 
-def _recall(kind: str, what: str) -> Callable[[Record], float]:
-    return lambda record: record.at("recall", kind, what)
+def _recall(kind: str, length: int, what: str) -> Callable[[Record], float]:
+    return lambda record: record.at("recall", kind, str(length), what)
 
 
 def _gain(name: str) -> Callable[[Record], float]:
