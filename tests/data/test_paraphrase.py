@@ -121,6 +121,9 @@ def test_too_little_text_is_said() -> None:
         ({"ratio": 1.5}, "ratio=1.5 must be above 0"),
         ({"gap": (3, 1)}, r"gap=\(3, 1\) must be two numbers"),
         ({"gap": (-1, 1)}, r"gap=\(-1, 1\) must be two numbers"),
+        ({"gap": 5}, "gap=5 must be two numbers"),
+        ({"gap": (0, 1, 2)}, r"gap=\(0, 1, 2\) must be two numbers"),
+        ({"gap": (0.5, 1)}, r"gap=\(0.5, 1\) must be two numbers"),
     ],
 )
 def test_bad_choices_are_refused(choices: dict, message: str) -> None:
@@ -136,6 +139,8 @@ def test_too_few_pairs_are_refused() -> None:
 def test_sentences_are_read_by_their_names_behind_an_id(tmp_path: Path) -> None:
     path = tmp_path / "paws.tsv"
     path.write_text("id\tsentence2\tlabel\tsentence1\n7\tB a .\t1\tA b .\n8\tD .\t0\tC .\n", encoding="utf-8")
+    assert read_pairs([path]) == [("A b .", "B a .")]
+    path.write_text("id\tpassage\tparaphrase\n7\tA b .\tB a .\n", encoding="utf-8")
     assert read_pairs([path]) == [("A b .", "B a .")]
 
 
@@ -155,10 +160,12 @@ def test_pairs_are_read_from_the_first_two_columns(tmp_path: Path) -> None:
         ("", "is empty"),
         ("only\nA\n", r"line 1: two columns of text are needed"),
         ("passage\tlabel\nA\t1\n", r"line 1: two columns of text are needed, .* not passage, label"),
+        ("id\ttext\tother\n1\tA\tB\n", r"line 1: two columns of text are needed, .* not id, text, other"),
         ("same\tsame\nA\tB\n", r"line 1: two columns of text are needed"),
         ("one\ttwo\nA\tB\nC\t  \n", "row 2: a text is empty"),
         ("one\ttwo\nA\n", "line 2"),
-        ("one\ttwo\tlabel\nA\tB\t0\n", "no pair"),
+        ("one\ttwo\tlabel\nA\tB\t0\n", "no pair .*: of the labels 0 only 1 says that there is one"),
+        ("one\ttwo\tlabel\nA\tB\ttrue\n", "of the labels true only 1"),
     ],
 )
 def test_files_without_pairs_are_named(tmp_path: Path, content: str, message: str) -> None:

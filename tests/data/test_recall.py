@@ -87,7 +87,30 @@ def test_keys_are_different_and_asked_once_and_filler_holds_none_of_them():
     assert all(context[cue[0]] == 1 for cue, _ in asked)
 
 
+def test_neither_an_order_nor_a_key_alone_tells_a_value():
+    """Over many rows: the facts stand in any order, are asked in any other, and a key has other values elsewhere."""
+    made = task(pairs=3, length=64, vocab_size=60)
+    by_key, facts_sorted, asked_in_order, rows = {}, 0, 0, 400
+    for index in range(rows):
+        asked, places = facts_and_questions(made, made.sample(5, index))
+        for (key,), (value,) in asked:
+            by_key.setdefault(key, Counter())[value] += 1
+        keys = [asked[question][0][0] for question in np.argsort(places)]
+        facts_sorted += keys == sorted(keys)
+        asked_in_order += places == sorted(places)
+    assert len(by_key) == 12
+    for values in by_key.values():
+        assert len(values) > 8
+        assert max(values.values()) < values.total() / 4
+    for ordered in (facts_sorted, asked_in_order):
+        assert 0.08 < ordered / rows < 0.26, "one of six orders"
+
+
 class TestGuessing:
+    def test_rows_to_guess_in_are_needed(self):
+        with pytest.raises(ValueError, match="rows=0 must be at least 1"):
+            task().guessing(0, 1)
+
     """What is right without finding anything: by naming the values of the row, each once."""
 
     @pytest.mark.parametrize("pairs", [2, 4, 20])
@@ -207,6 +230,7 @@ def test_a_row_can_be_as_short_as_the_facts_allow(kind):
         ({"kind": "needle"}, "there is no recall task 'needle'. There are mqar, phonebook, passkey"),
         ({"place": "end"}, "place='end' is not one of early, middle, late, spread"),
         ({"pairs": 0}, "pairs=0 must be at least 1"),
+        ({"pairs": 4.5}, "pairs=4.5 must be a whole number"),
         ({"kind": "passkey", "pairs": 2}, "a text holds one passkey"),
         ({"pairs": 30, "length": 400, "vocab_size": 100}, "takes a vocabulary of at least 134 tokens"),
         ({"pairs": 100, "length": 128}, r"100 facts of mqar and their questions take at least 501 tokens"),
@@ -313,4 +337,5 @@ def test_words_stand_for_digits_where_there_are_none():
     made = Language.of(plain, np.array(plain(words).input_ids[1:-1]))
     tokens = plain.convert_ids_to_tokens(made.words[FIRST:].tolist())
     assert all(token.isalpha() for token in tokens)
-    assert len(set(tokens)) == len(tokens)
+    marks = plain.convert_ids_to_tokens(made.words[[QUESTION, MARK]].tolist())
+    assert len({*tokens, *marks}) == len(tokens) + 2

@@ -228,6 +228,10 @@ def test_every_scale_can_ask_what_it_plans(scale):
             {"lessons": (2, 30), "lesson_steps": (1, 1), "vocab_size": 100},
             "mqar with 30 pairs takes a vocabulary of at least 134",
         ),
+        (
+            {"kinds": ("mqar",), "pairs": (4, 200), "vocab_size": 2048},
+            "recall: 200 facts find no room in any row",
+        ),
         ({"copied": 7}, "length=7 must be at least 8"),
         ({"tokens": 0}, "recall.tokens=0 must be at least 1"),
         ({"lesson_tokens": 0}, "lesson_tokens=0 must be at least 1"),

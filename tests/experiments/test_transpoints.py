@@ -45,6 +45,8 @@ def test_architectures_by_name():
     hybrid = causal_architecture("Hybrid", scale)
     assert isinstance(hybrid, HybridConfig)
     assert hybrid.pattern == "MMMTMMMT"
+    assert causal_architecture("sequential", scale).pattern == "SSSS"
+    assert causal_architecture("sequential-attention-first", scale).pattern == "AAAA"
     assert causal_architecture("parallel-gate", scale).pattern == "PPPP"
     assert causal_architecture("parallel-gate", scale).fusion == "gate"
     longer = causal_architecture("TransMamba-V9", scale, longest=8192)

@@ -888,3 +888,21 @@ def test_fusions_are_their_formulas():
         scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
         merged = torch.einsum("kqm,mkp->qkp", scores.softmax(-1), value).flatten(1)
         torch.testing.assert_close(y, merged @ fusion.out_proj.weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("letter", "mixers"),
+    [("S", [Mamba2Mixer, CausalSelfAttention]), ("A", [CausalSelfAttention, Mamba2Mixer])],
+)
+def test_both_in_one_layer_come_in_their_order(letter, mixers):
+    """x += first(N(x)); x += second(N(x)); x += FFN(N(x)), written out."""
+    torch.manual_seed(0)
+    config = HybridConfig(**SIZES, pattern=letter, state_size=8, mamba_head_size=16, initializer_range=0.2)
+    (layer,) = HybridForCausalLM(config).eval().model.layers
+    assert [type(mixer) for mixer in layer.mixers] == mixers
+    x, layout = torch.randn(9, 24), SequenceLayout.build(1, 9, "cpu", packed=True)
+    with torch.no_grad():
+        between = x + layer.mixers[0](layer.mixer_norms[0](x), layout)
+        between = between + layer.mixers[1](layer.mixer_norms[1](between), layout)
+        expected = between + layer.ffn(layer.ffn_norm(between))
+        torch.testing.assert_close(layer(x, layout), expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mabert import HybridConfig, HybridForCausalLM
+from mabert import HybridConfig, HybridForCausalLM, MaBertConfig, MaBertForMaskedLM
 from mabert.data.recall import CopyTask, Language, RecallTask
 from mabert.training import recall
 from mabert.training.recall import EVALUATION_SEED, RECENT, WARM_UP, RecallRun, evaluate_recall, train_recall
@@ -351,6 +351,27 @@ def test_tasks_of_several_kinds_and_none_are_refused():
     for tasks in ([], [TASK, TestLessons.MQAR]):
         with pytest.raises(ValueError, match="at least one, all of one kind and vocabulary"):
             train_recall(made(), tasks, run())
+
+
+def test_copying_is_no_task():
+    with pytest.raises(ValueError, match="copying is a lesson"):
+        train_recall(made(), [CopyTask(length=24)], run())
+
+
+def test_a_model_that_sees_the_answers_is_refused():
+    config = MaBertConfig(vocab_size=600, hidden_size=16, num_attention_heads=2, intermediate_size=16, pattern="M")
+    encoder = MaBertForMaskedLM(config)
+    for use in (lambda: train_recall(encoder, [TASK], run()), lambda: evaluate_recall(encoder, TASK, 2)):
+        with pytest.raises(ValueError, match="MaBertForMaskedLM would see the answers in its input"):
+            use()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", {"model": {}}, [1, 2]])
+def test_a_checkpoint_of_something_else_is_named(tmp_path, content):
+    path = tmp_path / "recall.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"recall\.pt is no checkpoint of a training on recall"):
+        train_recall(made(), [TASK], run(), checkpoint=path)
 
 
 @pytest.mark.parametrize(

@@ -19,27 +19,32 @@ KINDS = ("paraphrase", "verbatim", "unrelated", "apart", "none")
 """What follows the passage: its paraphrase; itself; another passage; its paraphrase, but in another document; or no
 such documents at all."""
 ORDERS = ("passage-first", "paraphrase-first", "either")
-SENTENCES = ("sentence1", "sentence2")
+NAMES = (("sentence1", "sentence2"), ("passage", "paraphrase"))
+"""Columns of a passage and its paraphrase, wherever they stand."""
+NO_TEXTS = {"label", "id", "idx", "index"}
 SENTENCE_SPLIT = " <::::> "  # WikiSplit's mark between two sentences
 
 Pair = tuple[str, str]
 
 
 def read_pairs(paths: Sequence[str | Path]) -> list[Pair]:
-    """Passages with their paraphrases, from tables with a header: the columns `sentence1` and `sentence2`, or the first
-    two.
+    """Passages with their paraphrases, from tables with a header: the columns `sentence1` and `sentence2`, or `passage`
+    and `paraphrase`, or the first two.
 
-    Where there is a column `label`, only rows with 1 are taken. WikiSplit's mark between sentences becomes a space.
+    Where there is a column `label`, only rows with 1 in it are taken. WikiSplit's mark between two sentences becomes a
+    space.
 
     Raises:
         TableError: a file is missing or empty, has no two columns for them, or a text is empty; the message names it.
     """
     pairs: list[Pair] = []
+    labels: set[str] = set()
     for path in map(Path, paths):
         columns = _header(path)
         has_label = "label" in columns
         table = read_table(path, text_columns=_texts(path, columns), label_column="label" if has_label else None)
         names = table.label_names or ()
+        labels.update(names)
         for index, texts in enumerate(zip(table.texts, table.pairs or (), strict=True)):
             passage, paraphrase = map(_plain, texts)
             if not passage or not paraphrase:
@@ -47,16 +52,18 @@ def read_pairs(paths: Sequence[str | Path]) -> list[Pair]:
             if not has_label or names[int((table.labels or ())[index])] == "1":
                 pairs.append((passage, paraphrase))
     if not pairs:
-        raise TableError(f"{', '.join(map(str, paths)) or 'no file'}: no pair of a passage and its paraphrase")
+        only = f": of the labels {', '.join(sorted(labels))} only 1 says that there is one" if labels else ""
+        raise TableError(f"{', '.join(map(str, paths)) or 'no file'}: no pair of a passage and its paraphrase{only}")
     return pairs
 
 
 def _texts(path: Path, columns: Sequence[str]) -> list[str]:
     """The two columns of a header that hold the texts."""
-    texts = list(SENTENCES) if set(SENTENCES) <= set(columns) else list(columns[:2])
-    if len(set(texts) - {"label"}) < 2:
+    texts = next((list(names) for names in NAMES if set(names) <= set(columns)), list(columns[:2]))
+    if len(set(texts) - NO_TEXTS) < 2:
         raise TableError(
-            f"{path}, line 1: two columns of text are needed, a passage and its paraphrase, not {', '.join(columns)}"
+            f"{path}, line 1: two columns of text are needed, a passage and its paraphrase, first or by the names "
+            f"{' or '.join(' and '.join(names) for names in NAMES)}, not {', '.join(columns)}"
         )
     return texts
 
@@ -99,7 +106,9 @@ class Augmentation:
             raise ValueError(f"order={self.order!r} is not one of {', '.join(ORDERS)}.")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio} must be above 0 and at most 1.")
-        if not 0 <= self.gap[0] <= self.gap[1]:
+        bounds = self.gap if isinstance(self.gap, list | tuple) else ()
+        whole = len(bounds) == 2 and all(isinstance(bound, int) for bound in bounds)
+        if not whole or not 0 <= bounds[0] <= bounds[1]:
             raise ValueError(f"gap={self.gap} must be two numbers of words that grow, from 0 on.")
 
     def documents(self, pairs: Sequence[Pair], turn: int = 0) -> Iterator[str]:

@@ -67,6 +67,9 @@ class RecallTask:
             raise ValueError(f"there is no recall task {self.kind!r}. There are {', '.join(KINDS)}.")
         if self.place not in PLACES:
             raise ValueError(f"place={self.place!r} is not one of {', '.join(PLACES)}.")
+        for name in ("length", "pairs", "vocab_size"):
+            if not isinstance(value := getattr(self, name), int):
+                raise ValueError(f"{name}={value!r} must be a whole number.")
         if self.pairs < 1:
             raise ValueError(f"pairs={self.pairs} must be at least 1.")
         if self.kind == "passkey" and self.pairs != 1:
@@ -123,6 +126,8 @@ class RecallTask:
 
     def guessing(self, rows: int, seed: int) -> float:
         """Share of the questions that such a guesser answers rightly, in so many rows of the stream of a seed."""
+        if rows < 1:
+            raise ValueError(f"rows={rows} must be at least 1.")
         right = 0
         for index in range(rows):
             rng = _stream(seed, index)
@@ -255,8 +260,8 @@ class Language:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, text: np.ndarray, seed: int = 0) -> "Language":
-        """Digits as digits, where the vocabulary has them, words of the text that are one token as words, in an order
-        of the seed, and this text.
+        """Digits and marks as they are, where the vocabulary has them, words of the text that are one token as words
+        and in the place of what is missing, in an order of the seed, and this text.
 
         Raises:
             ValueError: the text has few such words.
@@ -274,12 +279,14 @@ class Language:
                 f"{LEAST_WORDS}."
             )
         words = np.random.default_rng(seed).permutation(whole)
-        digits = [vocabulary[str(digit)] for digit in range(DIGITS) if str(digit) in vocabulary]
-        if len(digits) < DIGITS:
-            digits, words = words[:DIGITS].tolist(), words[DIGITS:]
-        ends = tokenizer.sep_token_id
-        marks = [tokenizer.pad_token_id, tokenizer.cls_token_id, vocabulary.get(".", ends), vocabulary.get(":", ends)]
-        return cls(np.concatenate((np.array([*marks, *digits], np.int64), words.astype(np.int64))), text)
+        marks = [tokenizer.pad_token_id, tokenizer.cls_token_id]
+        for signs in (".", ":", "0123456789"):
+            if set(signs) <= vocabulary.keys():
+                marks += [vocabulary[sign] for sign in signs]
+            else:
+                marks += words[: len(signs)].tolist()
+                words = words[len(signs) :]
+        return cls(np.concatenate((np.array(marks, np.int64), words.astype(np.int64))), text)
 
     @property
     def highest(self) -> int:

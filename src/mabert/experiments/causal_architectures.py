@@ -59,7 +59,8 @@ HYBRIDS = {
     "sequential-attention-first": Hybrid("A"),
     **{f"parallel-{fusion}": Hybrid("P", fusion) for fusion in FUSIONS},
 }
-"""Attention and SSM one after the other, or side by side, and each alone (arXiv 2510.26912)."""
+"""Attention and SSM one after the other, or side by side, and each alone: the comparison is that of arXiv 2510.26912,
+sizes and all fusions but that by attention are ours."""
 assert tuple(HYBRIDS) == HYBRID_NAMES
 
 

@@ -189,6 +189,12 @@ class RecallScale:
                         "fewer facts or longer rows."
                     )
             self.run().lessons_for(self.tasks(kind)[0])  # which are refused where there are too few words
+        used = {task.pairs for kind in self.kinds for task in self.tasks(kind)}
+        if set(self.kinds) != {"passkey"} and (unused := sorted(set(self.pairs) - used)):
+            raise ValueError(
+                f"recall: {unused[0]} facts find no room in any row of lengths={self.lengths}: give fewer facts or "
+                "longer rows."
+            )
 
     @property
     def length(self) -> int:
@@ -535,6 +541,7 @@ def cpu() -> Scale:
             ratios=(0.25,),
             orders=("passage-first",),
             steps=100,
+            eval_rows=64,
             taught=300,
             taught_tokens=1_024,
             taught_learning_rate=1e-3,

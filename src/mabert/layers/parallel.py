@@ -1,4 +1,6 @@
-"""Attention and SSM side by side on the same input, and the ways to make one output of the two (arXiv 2510.26912).
+"""Attention and SSM side by side on the same input, and ways to make one output of the two.
+
+After arXiv 2510.26912, of which it is known that it fuses by attention; the other fusions stand here beside that.
 
 Shape suffixes: B batch, L length, T real tokens in all, H hidden, K heads, P head width.
 """
@@ -93,7 +95,7 @@ class ScaledFusion(nn.Module):
 
 
 class GateFusion(nn.Module):
-    """g ⊙ a + (1 − g) ⊙ s with g = σ(W_g u): 1 is attention alone, 0 the SSM alone."""
+    """g ⊙ a + (1 − g) ⊙ s with g = σ(W_g u + b): 1 is attention alone, 0 the SSM alone."""
 
     def __init__(self, config: PreTrainedConfig, norm: MakeNorm):
         super().__init__()

@@ -159,9 +159,11 @@ def train_recall(
             training: other weights at its beginning, other tasks or choices.
         FloatingPointError: the loss became NaN or infinite.
     """
+    if any(not isinstance(task, RecallTask) for task in tasks):
+        raise ValueError("tasks must be RecallTasks: copying is a lesson, lessons=(0, ...) of the run.")
     if len({(task.kind, task.vocab_size) for task in tasks}) != 1:
         raise ValueError("tasks must be at least one, all of one kind and vocabulary.")
-    _check_vocabulary(model, tasks[0], language)
+    _check_model(model, tasks[0], language)
     if text_shape is not None:
         _check_text(text_shape, language)
     if language is not None:
@@ -190,7 +192,12 @@ def train_recall(
     return done
 
 
-def _check_vocabulary(model: PreTrainedModel, task: RecallTask, language: Language | None) -> None:
+def _check_model(model: PreTrainedModel, task: RecallTask, language: Language | None) -> None:
+    if not model.can_generate():
+        raise ValueError(
+            f"recall is for models that predict the next token: {type(model).__name__} would see the answers in its "
+            "input. Give a causal language model."
+        )
     has, needs = model.config.vocab_size, task.vocab_size if language is None else language.highest + 1
     if has < needs:
         raise ValueError(f"the model has {has:,} tokens, but the task {needs:,}: give fewer, or another model.")
@@ -328,8 +335,15 @@ class _Pupil:
             torch.save(state, file)
 
     def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state["identity"] != self.identity:
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except Exception as cause:  # whatever a file of another program makes of the reader
+            raise ValueError(
+                f"{checkpoint} is no checkpoint of a training on recall, or a damaged one ({type(cause).__name__}): "
+                "delete it, or name another file."
+            ) from cause
+        if identity != self.identity:
             raise ValueError(
                 f"{checkpoint} is of another model, other tasks or other choices: delete it, or name another file."
             )
@@ -375,7 +389,7 @@ def evaluate_recall(
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1.")
-    _check_vocabulary(model, task, language)
+    _check_model(model, task, language)
     if memories != "both":
         _check_probe(model, memories)
     was_training = model.training
