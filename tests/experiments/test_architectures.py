@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from mabert.experiments.architectures import (
@@ -12,6 +13,7 @@ from mabert.experiments.architectures import (
     architecture,
     encoder_parameters,
 )
+from mabert.experiments.pretraining import copy_local_to_global
 from mabert.experiments.published import published
 from mabert.experiments.scales import SCALES
 
@@ -50,6 +52,42 @@ def test_albert_counts_as_if_its_layers_shared_nothing():
     layer = sum(p.numel() for name, p in model.named_parameters() if "albert_layer_groups" in name)
     rest = encoder_parameters(config) - 12 * layer
     assert 0 < rest < layer
+
+
+def test_longformer_counts_without_what_pretraining_does_not_reach():
+    """Its matched size holds all that a step of masked language modelling has gradients for, and nothing else."""
+    config = architecture("Longformer", SCALES["tiny"](), VOCABULARY)
+    model = AutoModelForMaskedLM.from_config(config)
+    ids = torch.arange(10, 26)[None]
+    model(ids, labels=ids).loss.backward()
+    reached = [
+        parameter.numel()
+        for name, parameter in model.base_model.named_parameters()
+        if parameter.grad is not None and "_embeddings" not in name
+    ]
+    assert encoder_parameters(config) == sum(reached)
+    assert any("_global" in name for name, parameter in model.named_parameters() if parameter.grad is None)
+
+
+def test_longformers_global_attention_begins_fine_tuning_as_its_local_one(tmp_path):
+    torch.manual_seed(0)
+    config = architecture("Longformer", SCALES["tiny"](), VOCABULARY)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    copy_local_to_global(tmp_path / "model.safetensors")
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path).state_dict()
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert {name.split(".")[-2] for name in changed} == {"query_global", "key_global", "value_global"}
+    assert len(changed) == 12 * 3, "biases were zero and are"
+    for name in changed:
+        assert torch.equal(after[name], before[name.replace("_global", "")])
+
+
+def test_other_models_weights_are_left_as_they_are(tmp_path):
+    AutoModelForMaskedLM.from_config(architecture("BERT", SCALES["tiny"](), VOCABULARY)).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").stat()
+    copy_local_to_global(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat() == before
 
 
 @pytest.mark.parametrize("name", ["BERT", "ALBERT", "Longformer", "BigBird"])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from mabert.experiments import cells
+from mabert.experiments import stamp as stamps
 from mabert.experiments.cells import Cell, CellsFailedError, CellStore, ExperimentStoppedError, matching, run_cells
 
 QUIET = Console(quiet=True)
@@ -48,6 +50,30 @@ def test_a_result_is_kept_with_all_that_it_comes_from(store):
     assert content["config"] == {"steps": 3, "folder": "x"}
     assert content["result"] == store.read(cell) == {"value": 2.5}
     assert content["stamp"].keys() == {"date", "commit", "uncommitted_changes", "hardware", "versions"}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="runs git")
+def test_a_package_that_is_installed_in_a_repository_does_not_bear_its_commit(tmp_path, monkeypatch):
+    """Only the repository that holds the source itself names it."""
+    monkeypatch.delenv("MABERT_COMMIT", raising=False)
+    module = tmp_path / "venv" / "stamp.py"
+    module.parent.mkdir()
+    module.write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+
+    def run(*words):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    run("init")
+    (tmp_path / "other.txt").write_text("")
+    run("add", "other.txt")
+    run("commit", "-m", "theirs")
+    monkeypatch.setattr(stamps, "SOURCES", module.parent)
+    monkeypatch.setattr(stamps, "__file__", str(module))
+    assert (stamps.stamp()["commit"], stamps.stamp()["uncommitted_changes"]) == (None, False)
+    run("add", "venv")
+    run("commit", "-m", "ours")
+    assert len(stamps.stamp()["commit"]) == 40
 
 
 def test_what_is_finished_is_not_computed_again(store):

@@ -11,6 +11,7 @@ from mabert.experiments import fresh_process
 from mabert.experiments.architectures import BASELINES
 from mabert.experiments.cells import CellStore, matching, run_cells
 from mabert.experiments.efficiency import (
+    KINDS,
     MODELS,
     Headline,
     efficiency_cells,
@@ -21,6 +22,7 @@ from mabert.experiments.efficiency import (
 )
 from mabert.experiments.published import published
 from mabert.experiments.scales import base, cpu, tiny
+from mabert.ops import native, use_backend
 from mabert.training.runs import processor_name
 
 QUIET = Console(quiet=True)
@@ -166,5 +168,22 @@ def test_processors_of_one_name_are_told_apart_by_their_instructions(monkeypatch
         hardware.cache_clear()
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=instructions: name)
         names.append(hardware())
+        hardware.cache_clear()
+    with use_backend("torch"):
+        slow = hardware()
     hardware.cache_clear()
-    assert names == [f"{processor_name()}, avx2", f"{processor_name()}, avx512"]
+    kernels = "" if native.kernels else ", without kernels"
+    assert names == [f"{processor_name()}, avx2{kernels}", f"{processor_name()}, avx512{kernels}"]
+    assert slow == f"{processor_name()}, avx512, without kernels"
+
+
+def test_training_steps_on_a_cpu_end_at_2048_tokens():
+    cells = {name: cells_of(base(), name).values() for name in ("cpu", "paper")}
+    longest = {
+        (name, kind): max(cell.config["length"] for cell in found if f"/{kind}/" in cell.name)
+        for name, found in cells.items()
+        for kind in KINDS
+    }
+    assert longest[("cpu", "training")] == 2048
+    assert set(longest.values()) == {2048, 4096}
+    assert longest[("cpu", "inference")] == longest[("paper", "training")] == 4096

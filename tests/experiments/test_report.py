@@ -18,7 +18,7 @@ from invented_results import STAMP, everything, finetuned, pretrained, pretraini
 from rich.console import Console
 
 import screenshot_report
-from mabert.experiments.efficiency import efficiency_cell
+from mabert.experiments.efficiency import efficiency_cell, efficiency_cells
 from mabert.experiments.recall import Recall
 from mabert.experiments.report import plots, write_report
 from mabert.experiments.report.collect import Record
@@ -379,6 +379,25 @@ def test_what_a_number_is_of_stands_beside_it(results: Path) -> None:
     for text in (memory, inference):
         assert "BigBird attends to everything at 128 tokens, as it does in such short rows." in text
         assert "after 11 runs to warm up." in text
+        assert "2 of 2 cells have not their 5 repetitions: their time was over." in text
+
+
+def test_times_in_full_and_without_notes_are_shown_without_a_remark(results: Path) -> None:
+    for cell in efficiency_cells(tiny(), ["cpu"]):
+        put(results / "tiny", cell.name, time_of(7.0) | {"repetitions": 5}, cell.config)
+    text = report(results).figure("Table B7 · Inference, cpu, fp32")["text"]
+    assert "medians of 5 repetitions after 1 run to warm up. " in text
+    assert "their time was over" not in text
+
+
+def test_times_cut_short_and_notes_of_whoever_measured_are_said(results: Path) -> None:
+    (results / "tiny" / "efficiency" / "cpu").mkdir(parents=True)
+    (results / "tiny" / "efficiency" / "cpu" / "NOTE.txt").write_text("The host\nwas shared.\n")
+    for cell in efficiency_cells(tiny(), ["cpu"]):
+        few = {"repetitions": 2} if "/DeBERTa/512" in cell.name else {"repetitions": 5}
+        put(results / "tiny", cell.name, time_of(7.0) | few, cell.config)
+    text = report(results).figure("Table B7 · Inference, cpu, fp32")["text"]
+    assert "1 of 16 cells have not their 5 repetitions: their time was over. The host was shared." in text
 
 
 def test_bigbird_in_short_rows_is_said_to_attend_to_everything(invented: Page) -> None:

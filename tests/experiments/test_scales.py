@@ -15,6 +15,25 @@ from mabert.experiments.scales import SCALES, tiny
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"tasks": ()}, "tasks is empty: give at least one"),
         ({"learning_rates": ()}, "learning_rates is empty"),
+        ({"tasks": ("Foo",)}, "unknown GLUE task 'Foo'"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction=1.0 must be at least 0 and below 1"),
+        ({"budgets": (0.5, 2.0)}, "budget=2.0 must be above 0 and at most 1"),
+        ({"pattern_budget": 0.0}, "budget=0.0 must be above 0"),
+        ({"stage_lengths": (64,)}, r"stage_fractions=.* must give each of stage_lengths=\(64,\) its share"),
+        ({"eval_rows": 0}, "eval_rows=0 must be at least 1"),
+        ({"micro_batch_size": 5}, "micro_batch_size=5"),
+        ({"hidden_size": 63}, "hidden_size.*63"),
+        ({"learning_rates": (1e-3, 0.0)}, "learning_rate=0.0 must be above 0"),
+        ({"batch_sizes": (0,)}, "batch_size=0 must be at least 1"),
+        ({"epochs": (0,)}, "epochs=0 must be at least 1"),
+        ({"max_train_rows": 0}, "max_train_rows=0 must be at least 1"),
+        ({"max_length": 3}, "max_length=3 must be at least 4"),
+        ({"patterns": ("MMT",)}, "patterns: 'MMT' must be 12 letters of M, T, P"),
+        ({"patterns": ("MMXMMXMMXMMX",)}, "patterns: 'MMXMMXMMXMMX' must be 12 letters"),
+        ({"cell_seconds": -1.0}, "cell_seconds=-1.0 must be above 0"),
+        ({"drift_rows": -3}, "drift_rows=-3 must be at least 1"),
+        ({"efficiency_lengths": (0, 128)}, r"efficiency_lengths=\(0, 128\) must be at least 1 each"),
         ({"efficiency_scale": "huge"}, "efficiency_scale='huge' is not one of tiny, cpu, mini, small, base"),
         ({"causal": {"steps": 0}}, "causal.steps=0 must be at least 1"),
         ({"causal": {"layers": 0}}, "causal.layers=0 must be at least 1"),
@@ -52,6 +71,10 @@ def test_bad_choices_are_refused(changes, message):
 @pytest.mark.parametrize("name", SCALES)
 def test_a_scale_goes_by_its_name(name):
     assert SCALES[name]().name == name
+
+
+def test_tasks_go_by_their_names_in_any_case():
+    assert replace(tiny(), tasks=("mrpc", "cola")).tasks == ("MRPC", "CoLA")
 
 
 def test_initial_values_grow_as_the_width_shrinks():

@@ -97,11 +97,50 @@ def test_each_run_has_its_own_seed_and_all_of_them_the_scales_choices(made, monk
         raise InterruptedError
 
     monkeypatch.setattr("mabert.experiments.finetuning.finetune", finetune)
-    for cell in ours.finetuning.runs(ours.pretraining.checkpoints("MaBERT"), "RTE"):
-        with pytest.raises(InterruptedError):
-            cell.run()
-    assert [config.seed for config in seen] == [0, 1]
-    assert {(config.max_train_rows, config.max_length, config.bf16) for config in seen} == {(16, 16, False)}
+    for finetuning in (ours.finetuning, at(ours.finetuning, bf16=True)):
+        for cell in finetuning.runs(ours.pretraining.checkpoints("MaBERT"), "RTE"):
+            with pytest.raises(InterruptedError):
+                cell.run()
+    assert [config.seed for config in seen] == [0, 1, 0, 1]
+    assert {(config.max_train_rows, config.max_length) for config in seen} == {(16, 16)}
+    assert [config.bf16 for config in seen] == [False, False, True, True]
+
+
+def at(cells, **changes):
+    """The same at a scale with other choices."""
+    return replace(cells, sources=replace(cells.sources, scale=replace(cells.sources.scale, **changes)))
+
+
+# each another value than the default of `pretrain` or of the scale
+PRETRAINING = {
+    "steps": 5,
+    "batch_size": 6,
+    "micro_batch_size": 3,
+    "stage_lengths": (24, 32),
+    "stage_fractions": (0.25, 0.75),
+    "learning_rate": 0.003,
+    "warmup_fraction": 0.2,
+    "bf16": True,
+    "eval_rows": 7,
+}
+
+
+def test_every_choice_of_a_pretraining_reaches_it_and_its_config(made, monkeypatch):
+    ours, seen = made[0], []
+
+    def pretrain(config, **kwargs):
+        seen.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr("mabert.experiments.pretraining.pretrain", pretrain)
+    pretraining = at(ours.pretraining, **PRETRAINING)
+    cell = pretraining.cell("MaBERT", 0.5, seed=3)
+    with pytest.raises(InterruptedError):
+        cell.run()
+    (config,) = seen
+    for name, value in (PRETRAINING | {"budget": 0.5, "seed": 3, "packing": "full-sentences"}).items():
+        assert getattr(config, name) == value, name
+        assert name == "micro_batch_size" or cell.config[name] == value, name
 
 
 def test_no_fine_tuned_model_is_left(made):

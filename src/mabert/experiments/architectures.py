@@ -18,12 +18,14 @@ from transformers import (
 )
 
 from mabert.config import CHOICES
-from mabert.experiments.scales import Scale, mabert_config
+from mabert.experiments.scales import LAYERS, LETTERS, Scale, mabert_config
 from mabert.training.objectives import objective_of
 
-LAYERS = 12
 STEP = 4  # of the FFN's width, where it is chosen
 # What the published checkpoints take, where it is not 512.
+LONGFORMER_GLOBAL = "_global."
+"""In the names of Longformer's projections for tokens that attend globally: none in masked language modelling, [CLS] in
+classification."""
 PUBLISHED_LONGEST = {"Longformer": 4096, "BigBird": 4096, "ModernBERT": 8192}
 
 
@@ -122,7 +124,7 @@ def _modernbert(scale: Scale, ffn: int, vocabulary: Vocabulary | None, longest: 
         common |= {"num_hidden_layers": 22, "intermediate_size": 1152}
     if vocabulary:
         common |= {"cls_token_id": vocabulary.cls_token_id, "sep_token_id": vocabulary.sep_token_id}
-    common |= {f"{place}_dropout": 0.1 for place in ("embedding", "attention", "mlp")}
+    common |= {f"{place}_dropout": 0.1 for place in ("embedding", "attention", "mlp", "classifier")}
     return ModernBertConfig(**common, max_position_embeddings=longest)
 
 
@@ -160,7 +162,7 @@ def builder(name: str) -> Build:
     if name in MABERTS:
         return partial(_mabert, MABERTS[name])
     pattern, _, positions = name.partition("+")
-    if len(pattern) == LAYERS and set(pattern) <= set("MTP") and positions in ("", "rope"):
+    if len(pattern) == LAYERS and set(pattern) <= set(LETTERS) and positions in ("", "rope"):
         return partial(_mabert, {"pattern": pattern} | ({"position_embedding_type": "rope"} if positions else {}))
     raise ValueError(
         f"there is no architecture {name!r}. There are {', '.join([*MABERTS, *BASELINES, 'ModernBERT'])}, and patterns "
@@ -199,13 +201,14 @@ def matching_width(target: int, parameters: Callable[[int], int], step: int = ST
 
 
 def encoder_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a model without embedding tables, head and pooler; of ALBERT as if its layers shared nothing."""
+    """Parameters of a model without embedding tables, head and pooler; of ALBERT as if its layers shared nothing, of
+    Longformer without the projections of global attention, which pretraining does not reach."""
     with torch.device("meta"):
         encoder = objective_of(config).auto_class.from_config(config).base_model
     tables = {id(p) for module in encoder.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     total = 0
     for name, parameter in encoder.named_parameters():
-        if id(parameter) in tables or name.startswith("pooler"):
+        if id(parameter) in tables or name.startswith("pooler") or LONGFORMER_GLOBAL in name:
             continue
         shared = config.model_type == "albert" and "albert_layer_groups" in name
         total += parameter.numel() * (config.num_hidden_layers if shared else 1)

@@ -107,7 +107,7 @@ class CellStore:
         if changed:
             raise ValueError(
                 f"{path} was made with other choices: {'; '.join(changed)}. "
-                "Take the old ones, name another results folder, or delete the file."
+                "Take the old ones, or name other folders for both: --results and --work."
             )
         return True
 

@@ -21,6 +21,7 @@ from mabert.experiments.fresh_process import in_fresh_process
 from mabert.experiments.published import published
 from mabert.experiments.scales import SCALES, Scale, base
 from mabert.experiments.timing import Timing
+from mabert.ops.backend import choose_backend
 from mabert.training.runs import processor_name
 
 MODELS = ("MaBERT", *BASELINES, "ModernBERT", "MMMMMMMMMMMM")
@@ -42,11 +43,13 @@ class Protocol:
     """At most; a scale may want fewer."""
     choices: dict[str, Any]
     """More fields of `Timing`."""
+    longest_training: int | None = None
+    """Rows of training steps are no longer than that."""
 
 
 PROTOCOLS = {
     # MaBERT packs by default; rows without pads give it nothing to leave out
-    "cpu": Protocol(("fp32", "bf16"), {"inference": 1, "training": 1}, 1, 5, {"device": "cpu"}),
+    "cpu": Protocol(("fp32", "bf16"), {"inference": 1, "training": 1}, 1, 5, {"device": "cpu"}, longest_training=2048),
     "paper": Protocol(
         ("bf16",),
         {"inference": 1, "training": 32},
@@ -81,9 +84,17 @@ def efficiency_cells(scale: Scale, names: Iterable[str] | None = None) -> list[C
         for name in names or protocols()
         for precision in PROTOCOLS[name].precisions
         for kind in KINDS
-        for length in (scale.efficiency_lengths if kind == "inference" else scale.efficiency_training_lengths)
+        for length in lengths(scale, name, kind)
         for model in MODELS
     ]
+
+
+def lengths(scale: Scale, name: str, kind: str) -> Sequence[int]:
+    """Of the rows in a protocol's cells of one kind."""
+    if kind == "inference":
+        return scale.efficiency_lengths
+    longest = PROTOCOLS[name].longest_training
+    return [length for length in scale.efficiency_training_lengths if longest is None or length <= longest]
 
 
 def efficiency_cell(scale: Scale, name: str, precision: str, kind: str, model: str, length: int) -> Cell:
@@ -117,10 +128,13 @@ def efficiency_cell(scale: Scale, name: str, precision: str, kind: str, model: s
 
 @cache
 def hardware() -> str:
-    """What the times are measured on: a card, or a processor and the instructions that torch makes use of."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability().lower()}"
+    """What the times are measured on: a card, or a processor and the instructions that torch makes use of; and what
+    slows MaBERT alone down, where its kernels are missing."""
+    has_card = torch.cuda.is_available()
+    processor = f"{processor_name()}, {torch.backends.cpu.get_cpu_capability().lower()}"
+    found = torch.cuda.get_device_name() if has_card else processor
+    chosen = choose_backend("selective_scan", torch.device("cuda" if has_card else "cpu"), torch.float32)
+    return f"{found}, without kernels" if chosen == "torch" else found
 
 
 def threads(device: str) -> int | None:

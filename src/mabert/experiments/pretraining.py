@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors.torch import load_file, save
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from mabert.experiments.architectures import Vocabulary, architecture, encoder_parameters
+from mabert.experiments.architectures import LONGFORMER_GLOBAL, Vocabulary, architecture, encoder_parameters
 from mabert.experiments.cells import Cell
 from mabert.experiments.finetuning import Checkpoint
 from mabert.experiments.sources import Sources
-from mabert.files import digest
+from mabert.files import atomic_write, digest
 from mabert.training.callbacks import read_lines
 from mabert.training.checkpoints import list_checkpoints
 from mabert.training.optim import plan_schedule
@@ -115,6 +116,7 @@ def pretraining_cell(
         )
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
+        copy_local_to_global(folder / SAFE_WEIGHTS_NAME)
         values = asdict(result)
         for elsewhere in ("output", "held_out_loss", "perplexity", "accuracy", "unigram_entropy"):
             del values[elsewhere]
@@ -127,6 +129,17 @@ def pretraining_cell(
 
     config = identity | {"text": text.config, **choices}
     return Cell(name, config, run, needs=(text,), artifact=folder / CONFIG_NAME)
+
+
+def copy_local_to_global(weights: Path) -> None:
+    """Give Longformer's projections for tokens that attend globally the values of the local ones, as its published
+    checkpoint began: no token of masked language modelling attends globally, and [CLS] of a classifier does.
+    """
+    tensors = load_file(weights)
+    if untrained := [name for name in tensors if LONGFORMER_GLOBAL in name]:
+        tensors |= {name: tensors[name.replace(LONGFORMER_GLOBAL, ".")].clone() for name in untrained}
+        with atomic_write(weights) as file:
+            file.write(save(tensors, metadata={"format": "pt"}))
 
 
 def at(budget: float) -> str:

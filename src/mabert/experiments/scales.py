@@ -1,14 +1,20 @@
 """The sizes at which the experiments run: one set of choices each, everything else is the same code."""
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from mabert.causal_config import SSMS, TRANSPOINTS
 from mabert.config import FUSIONS, MaBertConfig
+from mabert.data.glue import glue_task
 from mabert.data.paraphrase import Augmentation
 from mabert.data.recall import KINDS, RecallTask
+from mabert.training.finetune_config import FinetuneConfig
+from mabert.training.pretrain_config import PretrainConfig
 from mabert.training.recall import RecallRun
 
+LAYERS = 12
+LETTERS = "MTP"
 PATTERNS = (
     "MMMMMMMMMMMM",
     "TTTTTTTTTTTT",
@@ -356,6 +362,9 @@ class Scale:
         for name in ("stage_lengths", "budgets", "patterns", "tasks", "learning_rates", "batch_sizes", "epochs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give at least one.")
+        object.__setattr__(self, "tasks", tuple(glue_task(task).name for task in self.tasks))
+        self._check_patterns_and_measurements()
+        self._check_trainings()
         try:
             self.asked_in_words()
         except ValueError as error:
@@ -365,6 +374,41 @@ class Scale:
             ) from error
         if self.efficiency_scale not in SCALES:
             raise ValueError(f"efficiency_scale={self.efficiency_scale!r} is not one of {', '.join(SCALES)}.")
+
+    def _check_patterns_and_measurements(self) -> None:
+        for pattern in self.patterns:
+            if len(pattern) != LAYERS or set(pattern) - set(LETTERS):
+                raise ValueError(f"patterns: {pattern!r} must be {LAYERS} letters of {', '.join(LETTERS)}.")
+        for name in ("efficiency_lengths", "efficiency_training_lengths"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 each.")
+        if not self.cell_seconds > 0:
+            raise ValueError(f"cell_seconds={self.cell_seconds} must be above 0.")
+        if self.drift_rows is not None and self.drift_rows < 1:
+            raise ValueError(f"drift_rows={self.drift_rows} must be at least 1, or none for all.")
+
+    def _check_trainings(self) -> None:
+        """Build every config once that a training will have: each says itself what is wrong with it."""
+        pretraining: dict[str, Any] = {
+            "model": mabert_config(self),
+            "stage_lengths": self.stage_lengths,
+            "stage_fractions": self.stage_fractions,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "learning_rate": self.learning_rate,
+            "warmup_fraction": self.warmup_fraction,
+            "eval_rows": self.eval_rows,
+            "packing": "full-sentences",
+        }
+        finetuning: dict[str, Any] = {"max_length": self.max_length, "max_train_rows": self.max_train_rows}
+        pretraining |= {"train": "-", "tokenizer": "-", "output": "-"}
+        finetuning |= {"train": "-", "model": "-", "output": "-"}
+        for budget in (*self.budgets, self.pattern_budget):
+            PretrainConfig(**pretraining, budget=budget)
+        for rate, size, epochs in product(self.learning_rates, self.batch_sizes, self.epochs):
+            grid: dict[str, Any] = {"learning_rate": rate, "batch_size": size, "epochs": epochs}
+            FinetuneConfig(**finetuning, **grid)
 
     def asked_in_words(self) -> list[RecallTask]:
         """What `paraphrase` asks of a model in the words of its tokenizer: in rows of a quarter of its length, which

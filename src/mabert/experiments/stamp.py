@@ -18,13 +18,14 @@ def stamp() -> dict[str, Any]:
     """Hardware, versions and commit, for the file that a number is kept in.
 
     The commit is that of the source tree the package runs from; MABERT_COMMIT names it where git cannot. An installed
-    package has none (None): its version says which it is.
+    package has none (None), in whatever repository it is installed: its version says which it is.
     """
     named = os.environ.get("MABERT_COMMIT")
+    is_source = _git("ls-files", "--error-unmatch", __file__) is not None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": named or _git("rev-parse", "HEAD"),
-        "uncommitted_changes": not named and bool(_git("status", "--porcelain", "--", ".")),
+        "commit": named or (_git("rev-parse", "HEAD") if is_source else None),
+        "uncommitted_changes": not named and is_source and bool(_git("status", "--porcelain", "--", ".")),
         "hardware": {
             "processor": processor_name(),
             "cores": os.cpu_count(),

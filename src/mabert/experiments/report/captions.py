@@ -6,6 +6,11 @@ from collections.abc import Iterable, Sequence
 from mabert.experiments.report.collect import Results
 from mabert.experiments.timing import BLOCK_SPARSE_ABOVE
 
+UNMATCHED = {
+    "ALBERT": "ALBERT's as if its layers shared nothing, so that it has the same width and fewer parameters",
+    "Longformer": "Longformer's without those of global attention, which pretraining does not reach",
+}
+"""Models of which not everything is counted, and what is."""
 NOT_COMPARABLE = "small-scale: not comparable with published scores"
 
 
@@ -67,14 +72,18 @@ def _of_runs(runs: int) -> str:
     return ", mean ± sample standard deviation over the runs" if runs > 1 else ""
 
 
+def _architecture(model: str) -> str:
+    return model.partition("~")[0].partition("@")[0]
+
+
 def matched(results: Results, models: Sequence[str]) -> str:
     """What the models have in common, as far as the cells of their pretraining tell."""
     found = [record for model in models for record in results.found(results.pretrainings(model))]
     if not found:
         return ""
-    equal = (
-        ["parameters outside the embeddings (by the width of the FFN)"] if found[0].config["match_parameters"] else []
-    )
+    but = "".join(f"; {remark}" for model, remark in UNMATCHED.items() if model in map(_architecture, models))
+    matching = f"parameters outside the embeddings (by the width of the FFN{but})"
+    equal = [matching] if found[0].config["match_parameters"] else []
     unlike = []
     tokens = sorted({int(record.at("tokens")) for record in found})
     if len(tokens) == 1:

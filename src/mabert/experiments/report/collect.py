@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from mabert.experiments.finetuning import main_metric
 from mabert.experiments.pretraining import at
 from mabert.experiments.scales import SCALES, Scale
 from mabert.experiments.sources import GENERATED_TASK
+
+NOTE = "NOTE.txt"
 
 Models = Sequence[tuple[str, str]]
 """(how it is called, the name it has in its cells) of each row."""
@@ -118,6 +120,8 @@ class Results:
 
     scale: Scale
     records: dict[str, Record]
+    notes: dict[str, str] = field(default_factory=dict)
+    """What has to be said of all cells of a folder, by its name: the text of its `NOTE`."""
 
     @cached_property
     def _by_kind(self) -> dict[str, dict[tuple[str, ...], Record]]:
@@ -200,7 +204,9 @@ def read_results(folder: Path) -> list[Results]:
     if unknown:
         raise ValueError(f"{unknown[0]}: there is no scale of that name. There are {', '.join(SCALES)}.")
     all_results = [
-        Results(scale(), records) for name, scale in reversed(SCALES.items()) if (records := _read(folder / name))
+        Results(scale(), records, _read_notes(folder / name))
+        for name, scale in reversed(SCALES.items())
+        if (records := _read(folder / name))
     ]
     if not all_results:
         raise ValueError(
@@ -212,6 +218,13 @@ def read_results(folder: Path) -> list[Results]:
 def _read(folder: Path) -> dict[str, Record]:
     paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.json"))}
     return {name: _record(path) for name, path in paths.items()}
+
+
+def _read_notes(folder: Path) -> dict[str, str]:
+    return {
+        path.parent.relative_to(folder).as_posix(): " ".join(path.read_text(encoding="utf-8").split())
+        for path in sorted(folder.rglob(NOTE))
+    }
 
 
 def _record(path: Path) -> Record:

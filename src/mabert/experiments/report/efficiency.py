@@ -6,7 +6,7 @@ from typing import Any
 
 from mabert.experiments.architectures import BASELINES
 from mabert.experiments.comparison import mean_and_spread
-from mabert.experiments.efficiency import KINDS, MODELS, PROTOCOLS, Headline, headline, parameter_table
+from mabert.experiments.efficiency import KINDS, MODELS, PROTOCOLS, Headline, headline, lengths, parameter_table
 from mabert.experiments.published import published
 from mabert.experiments.report.captions import NOT_COMPARABLE, counted
 from mabert.experiments.report.collect import Record, Results
@@ -88,8 +88,7 @@ class Group:
 
     def lengths(self, kind: str) -> list[int]:
         """Those of the scale, and any other that was measured."""
-        scale = self.results.scale
-        planned = scale.efficiency_training_lengths if kind == "training" else scale.efficiency_lengths
+        planned = lengths(self.results.scale, self.protocol, kind)
         group = (self.protocol, self.precision, kind)
         return sorted({*planned, *(int(name[4]) for name in self.results.of("efficiency") if name[:3] == group)})
 
@@ -117,11 +116,15 @@ class Group:
         )
         fine = [record for record in found if not failure(record)]
         repetitions, warm_up = ([record.at(what) for record in fine] for what in ("repetitions", "warm_up"))
+        short = [record for record in fine if record.at("repetitions") < record.config["repetitions"]]
+        wanted = counted([record.config["repetitions"] for record in short], "repetition")
+        cut = f" {len(short)} of {len(found)} cells have not their {wanted}: their time was over." if short else ""
+        note = f" {said}" if (said := self.results.notes.get(f"efficiency/{self.protocol}")) else ""
         size = found[0].config["size"]["name"]
         models = f"models of scale {size}{'' if size == 'base' else f', {NOT_COMPARABLE}'}"
         return (
             f"{ABOUT[self.protocol]}; {self.precision}; {models}; {', '.join(batches)}; medians of "
-            f"{counted(repetitions, 'repetition')} after {counted(warm_up, 'run')} to warm up."
+            f"{counted(repetitions, 'repetition')} after {counted(warm_up, 'run')} to warm up.{cut}{note}"
         )
 
     def figure(self) -> Figure:

@@ -102,9 +102,10 @@ def _preface() -> list[Html]:
             "p",
             "Lines marked ",
             element("em", "published"),
-            " repeat the paper's numbers as it prints them, means and deviations of five seeds. All others were "
-            "measured by this code. The best of each column is bold, among ours and among the published. A dash stands "
-            "for what was not measured, or lacks some of its cells: no mean is taken over a part of the seeds.",
+            " repeat the paper's numbers as it prints them, means and deviations of five seeds; averages and ratios of "
+            "them are computed here. All others were measured by this code. The best of each column is bold, among "
+            "ours and among the published. A dash stands for what was not measured, or lacks some of its cells: no "
+            "mean is taken over a part of the seeds that any model of its scale has.",
         ),
     ]
 

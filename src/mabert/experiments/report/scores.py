@@ -147,7 +147,8 @@ def comparison_tables(results: Results, models: Models, ours: str) -> list[Table
     caption = (
         f"Difference of the mean scores and its {splits[0]['confidence']:.0%} interval, by paired bootstrap over "
         f"{counted(pretrained, 'pretraining seed')}, {counted(each, 'fine-tuning seed')} of each and the rows of the "
-        f"dev set; bold where the interval excludes zero.{drawn} {at_scale(results)}."
+        f"dev set; bold where the interval excludes zero, which one in twenty does by chance.{drawn} "
+        f"{at_scale(results)}."
     )
     names = [model for _, model in models]
     notes = [f"Runs were made again since: delete {', '.join(stale)} and run these cells again."] if stale else []
