@@ -33,7 +33,9 @@ Only = Annotated[
         help="Only cells with this at the start of a part of their name (BERT/), or like a pattern with *; repeatable."
     ),
 ]
-MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this long; the same command goes on from there.")]
+MaxMinutes = Annotated[
+    float | None, typer.Option(help="Stop after this long; the same command goes on from there.", min=0)
+]
 Jobs = Annotated[
     int | None,
     typer.Option(
