@@ -500,7 +500,7 @@ def test_rows_are_padded_to_the_greatest_length_where_asked_for(prepared, tmp_pa
 @pytest.mark.parametrize("name", [*BASELINES, "ModernBERT"])
 def test_pairs_are_fine_tuned_with_every_baseline(prepared, tmp_path, name):
     """Some of them know no second segment."""
-    scale = replace(SCALES["tiny"](), hidden_size=16, intermediate_size=16, stage_lengths=(32,))
+    scale = replace(SCALES["tiny"](), hidden_size=16, intermediate_size=16, stage_lengths=(32,), stage_fractions=(1.0,))
     tokenizer = tiny_tokenizer()
     model = AutoModelForMaskedLM.from_config(architecture(name, scale, Vocabulary(len(tokenizer))))
     model.save_pretrained(tmp_path / "mlm")
