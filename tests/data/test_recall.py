@@ -107,11 +107,11 @@ def test_neither_an_order_nor_a_key_alone_tells_a_value():
 
 
 class TestGuessing:
+    """What is right without finding anything: by naming the values of the row, each once."""
+
     def test_rows_to_guess_in_are_needed(self):
         with pytest.raises(ValueError, match="rows=0 must be at least 1"):
             task().guessing(0, 1)
-
-    """What is right without finding anything: by naming the values of the row, each once."""
 
     @pytest.mark.parametrize("pairs", [2, 4, 20])
     def test_of_many_facts_one_of_those_not_yet_given(self, pairs):

@@ -89,18 +89,27 @@ def test_a_run_keeps_its_scores_and_predictions(made):
         assert "subset, 24 rows" in dev["subset"]
 
 
-def test_each_run_has_its_own_seed_and_all_of_them_the_scales_choices(made, monkeypatch):
-    ours, seen = made[0], []
+def configs_of(cells, monkeypatch, training):
+    """What the cells would have given to a training, which they name by where they find it."""
+    seen = []
 
-    def finetune(config, **kwargs):
+    def record(config, **kwargs):
         seen.append(config)
         raise InterruptedError
 
-    monkeypatch.setattr("mabert.experiments.finetuning.finetune", finetune)
-    for finetuning in (ours.finetuning, at(ours.finetuning, bf16=True)):
-        for cell in finetuning.runs(ours.pretraining.checkpoints("MaBERT"), "RTE"):
-            with pytest.raises(InterruptedError):
-                cell.run()
+    monkeypatch.setattr(training, record)
+    for cell in cells:
+        with pytest.raises(InterruptedError):
+            cell.run()
+    return seen
+
+
+def test_each_run_has_its_own_seed_and_all_of_them_the_scales_choices(made, monkeypatch):
+    ours = made[0]
+    checkpoints = ours.pretraining.checkpoints("MaBERT")
+    kinds = (ours.finetuning, at(ours.finetuning, bf16=True))
+    cells = [cell for finetuning in kinds for cell in finetuning.runs(checkpoints, "RTE")]
+    seen = configs_of(cells, monkeypatch, "mabert.experiments.finetuning.finetune")
     assert [config.seed for config in seen] == [0, 1, 0, 1]
     assert {(config.max_train_rows, config.max_length) for config in seen} == {(16, 16)}
     assert [config.bf16 for config in seen] == [False, False, True, True]
@@ -126,18 +135,8 @@ PRETRAINING = {
 
 
 def test_every_choice_of_a_pretraining_reaches_it_and_its_config(made, monkeypatch):
-    ours, seen = made[0], []
-
-    def pretrain(config, **kwargs):
-        seen.append(config)
-        raise InterruptedError
-
-    monkeypatch.setattr("mabert.experiments.pretraining.pretrain", pretrain)
-    pretraining = at(ours.pretraining, **PRETRAINING)
-    cell = pretraining.cell("MaBERT", 0.5, seed=3)
-    with pytest.raises(InterruptedError):
-        cell.run()
-    (config,) = seen
+    cell = at(made[0].pretraining, **PRETRAINING).cell("MaBERT", 0.5, seed=3)
+    (config,) = configs_of([cell], monkeypatch, "mabert.experiments.pretraining.pretrain")
     for name, value in (PRETRAINING | {"budget": 0.5, "seed": 3, "packing": "full-sentences"}).items():
         assert getattr(config, name) == value, name
         assert name == "micro_batch_size" or cell.config[name] == value, name
@@ -160,19 +159,9 @@ def test_variants_share_one_checkpoint_and_are_padded_to_one_length(made, monkey
     assert plain["config"]["checkpoint"] == variant["config"]["checkpoint"]
     assert variant["config"]["variant"] == {"psm": "none", "pooling": "cls"}
 
-    seen = []
-    from mabert.experiments import finetuning
-
-    def finetune(config, **kwargs):
-        seen.append(config)
-        raise InterruptedError
-
-    monkeypatch.setattr(finetuning, "finetune", finetune)
     (checkpoint,) = ours.pretraining.checkpoints("MaBERT")
     cell = ours.finetuning.run(checkpoint, "RTE", 0, {"psm": "post", "pooling": "mean"})
-    with pytest.raises(InterruptedError):
-        cell.run()
-    (config,) = seen
+    (config,) = configs_of([cell], monkeypatch, "mabert.experiments.finetuning.finetune")
     assert (config.psm, config.pooling, config.execution) == ("post", "mean", "padded")
     assert config.pad_to_max_length
 

@@ -1,3 +1,5 @@
+"""Attention with dropout on a CPU: torch's where nothing is dropped, and what is dropped."""
+
 import pytest
 import torch
 from torch.nn import functional as F

@@ -22,10 +22,10 @@ from mabert.experiments.scales import LAYERS, LETTERS, Scale, mabert_config
 from mabert.training.objectives import objective_of
 
 STEP = 4  # of the FFN's width, where it is chosen
-# What the published checkpoints take, where it is not 512.
 LONGFORMER_GLOBAL = "_global."
 """In the names of Longformer's projections for tokens that attend globally: none in masked language modelling, [CLS] in
 classification."""
+# What the published checkpoints take, where it is not 512.
 PUBLISHED_LONGEST = {"Longformer": 4096, "BigBird": 4096, "ModernBERT": 8192}
 
 

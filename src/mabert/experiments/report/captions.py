@@ -72,16 +72,13 @@ def _of_runs(runs: int) -> str:
     return ", mean ± sample standard deviation over the runs" if runs > 1 else ""
 
 
-def _architecture(model: str) -> str:
-    return model.partition("~")[0].partition("@")[0]
-
-
 def matched(results: Results, models: Sequence[str]) -> str:
     """What the models have in common, as far as the cells of their pretraining tell."""
     found = [record for model in models for record in results.found(results.pretrainings(model))]
     if not found:
         return ""
-    but = "".join(f"; {remark}" for model, remark in UNMATCHED.items() if model in map(_architecture, models))
+    architectures = {record.config["architecture"] for record in found}
+    but = "".join(f"; {remark}" for model, remark in UNMATCHED.items() if model in architectures)
     matching = f"parameters outside the embeddings (by the width of the FFN{but})"
     equal = [matching] if found[0].config["match_parameters"] else []
     unlike = []

@@ -67,9 +67,6 @@ def pretraining_table(results: Results, models: Models) -> Table:
 
 def _remarks(results: Results, models: Models) -> list[str]:
     remarks = []
-    albert = results.found(name for label, model in models if label == "ALBERT" for name in results.pretrainings(model))
-    if any(record.config["match_parameters"] for record in albert):
-        remarks.append("ALBERT's layers share their parameters: it is as wide as the others, not as large.")
 
     def has_hardly_learnt(model: str) -> bool:
         losses = held_out(results, model, "loss")
